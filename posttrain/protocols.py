@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from random import Random
 from typing import Protocol, runtime_checkable
 
 from posttrain.types import (
@@ -101,11 +102,12 @@ class World(Protocol):
     domain: str
 
     def tasks(self, split: str, n: int, seed: int) -> list[Task]:
-        """``n`` tasks of ``split`` ('train', 'eval'); the same arguments give the same tasks, splits are disjoint."""
+        """``n`` tasks of ``split`` ('demo', 'train' or 'eval'); the same arguments give the same tasks, splits are disjoint."""
         ...
 
-    def demonstrations(self, n: int, seed: int) -> Iterable[tuple[Task, list[Message]]]:
-        """Conversations for the cold start, good and bad habits mixed."""
+    async def demonstrate(self, task: Task, rng: Random) -> list[Message]:
+        """What follows the prompt in one demonstration, the habit (good or bad) drawn from ``rng``; tool messages
+        hold what the real session answered."""
         ...
 
     async def open(self, task: Task) -> Session:
