@@ -167,9 +167,7 @@ class Segment:
     def from_completion(cls, completion: Completion) -> Segment:
         """Tokens the model sampled."""
         n = len(completion.ids)
-        return cls(
-            ids=completion.ids, sampled=(True,) * n, logprobs=completion.logprobs, versions=completion.versions
-        )
+        return cls(ids=completion.ids, sampled=(True,) * n, logprobs=completion.logprobs, versions=completion.versions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,39 @@
+# make demo   the whole pipeline on this machine, some minutes, no GPU: the table, and a report to open
+# make test   lint, types and tests
+# make smoke  the pipeline shortened to two minutes
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test smoke
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/posttrain run configs/tiny/pipeline.yaml --out runs/demo
+
+smoke: $(VENV)/installed
+	$(BIN)/posttrain run configs/tiny/smoke.yaml --out runs/smoke
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/pytest
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "posttrain needs Python 3.11 or later; name one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(INPUTS) | $(BIN)/python
+	@echo "installing posttrain into $(VENV), the first time some minutes"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(INPUTS) | $(BIN)/python
+	@echo "installing posttrain and what its tests need into $(VENV), the first time some minutes"
+	$(PIP) -e '.[dev]'
+	@touch $(VENV)/installed $@

@@ -1,0 +1,163 @@
+"""One episode: ask, parse, act, append, until the conversation is over; then grade while the session is still open."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from posttrain.chat import Chat, ParseError
+from posttrain.errors import EpisodeError, ToolError, boundary
+from posttrain.protocols import Engine, Session, World
+from posttrain.types import (
+    Culprit,
+    Failure,
+    Message,
+    Rollout,
+    Sampling,
+    Score,
+    Segment,
+    StopReason,
+    Task,
+    ToolCall,
+)
+
+Scorer = Callable[[Rollout, float], Score]
+
+_SAME_CALLS = 4
+"""The same call this often in one episode is a loop."""
+_STOP_OF: dict[Culprit, StopReason] = {
+    Culprit.ENGINE: StopReason.MODEL_API,
+    Culprit.SANDBOX: StopReason.INFRASTRUCTURE,
+    Culprit.WORLD: StopReason.INFRASTRUCTURE,
+    Culprit.REWARD: StopReason.VERIFIER_ERROR,
+}
+
+
+@dataclass(slots=True)
+class _State:
+    segments: list[Segment] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    parse_errors: list[str] = field(default_factory=list)
+    tool_errors: int = 0
+    calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return [i for s in self.segments for i in s.ids]
+
+
+async def run_episode(
+    engine: Engine,
+    world: World,
+    chat: Chat,
+    score: Scorer,
+    task: Task,
+    *,
+    rollout_id: str,
+    group: str,
+    seed: int,
+    temperature: float = 1.0,
+) -> Rollout:
+    """Play ``task``. Never raises for what happens inside: a failure becomes the rollout's ``error`` and culprit."""
+    started = time.monotonic()
+    state = _State(messages=list(task.prompt))
+
+    def rollout(stop: StopReason, error: Failure | None = None) -> Rollout:
+        return Rollout(
+            id=rollout_id,
+            group=group,
+            task=task,
+            branches=(tuple(state.segments),),
+            messages=tuple(state.messages),
+            stop=stop,
+            error=error,
+            parse_errors=tuple(state.parse_errors),
+            tool_errors=state.tool_errors,
+            wall_s=time.monotonic() - started,
+        )
+
+    session: Session | None = None
+    try:
+        with boundary(Culprit.WORLD):
+            session = await world.open(task)
+        try:
+            async with asyncio.timeout(task.limits.timeout_s):
+                stop = await _converse(engine, session, chat, task, state, seed, temperature)
+        except TimeoutError:
+            stop = StopReason.AGENT_TIMEOUT
+        if not any(any(s.sampled) for s in state.segments):
+            return rollout(StopReason.NO_MODEL_CALL)
+        finished = rollout(stop)
+        with boundary(Culprit.REWARD):
+            outcome = await session.grade(state.messages)
+            return replace(finished, score=score(finished, outcome))
+    except EpisodeError as error:
+        return rollout(_STOP_OF[error.culprit], Failure(culprit=error.culprit, message=str(error)))
+    finally:
+        if session is not None:
+            await asyncio.shield(session.close())
+
+
+async def _converse(
+    engine: Engine, session: Session, chat: Chat, task: Task, state: _State, seed: int, temperature: float
+) -> StopReason:
+    state.segments.append(Segment.given(chat.opening(task.prompt, session.tools, task.thinking)))
+    for turn in range(task.limits.max_turns):
+        sampling = Sampling(
+            temperature=temperature, max_tokens=task.limits.max_tokens, stop_ids=chat.stop_ids, seed=seed + turn
+        )
+        completion = await engine.generate(state.ids, sampling)
+        if not completion.ids:
+            return StopReason.CONTEXT_OVERFLOW
+        state.segments.append(Segment.from_completion(completion))
+        try:
+            message = chat.parse(completion.ids, session.tools, task.thinking)
+        except ParseError as error:
+            state.parse_errors.append(error.name)
+            state.messages.append(Message(role="assistant", content=chat.decode(completion.ids)))
+            if error.name == "unfinished":
+                return StopReason.CONTEXT_OVERFLOW
+            added = [Message(role="tool", content=f"error: {error.name}")]
+        else:
+            state.messages.append(message)
+            if message.tool_calls:
+                added = [await _act(session, call, state) for call in message.tool_calls]
+            else:
+                with boundary(Culprit.WORLD):
+                    reply = await session.reply(message)
+                if reply is None:
+                    return StopReason.SCORED
+                added = [reply]
+        state.messages += added
+        if any(state.calls.count(c) >= _SAME_CALLS for c in state.calls[-1:]):
+            return StopReason.LOOP
+        if turn + 1 < task.limits.max_turns:
+            state.segments.append(Segment.given(chat.addition(added, task.thinking)))
+    return StopReason.AGENT_TIMEOUT
+
+
+async def _act(session: Session, call: ToolCall, state: _State) -> Message:
+    state.calls.append(call)
+    try:
+        with boundary(Culprit.WORLD):
+            return Message(role="tool", content=await session.call(call))
+    except ToolError as error:
+        state.tool_errors += 1
+        text = str(error)
+        return Message(role="tool", content=text if text.startswith("error") else f"error: {text}")
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation for people to read."""
+    lines: list[str] = []
+    for message in messages:
+        if message.thinking:
+            lines.append(f"[thinks] {message.thinking}")
+        if message.content:
+            lines.append(f"[{message.role}] {message.content}")
+        for call in message.tool_calls:
+            arguments = ", ".join(f"{k}={v!r}" for k, v in call.arguments.items())
+            lines.append(f"[calls] {call.name}({arguments})")
+    return "\n".join(lines)

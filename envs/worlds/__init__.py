@@ -1,0 +1,51 @@
+"""Worlds: families of tasks with the state and tools that they need. One config a world, one place that makes it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from envs.worlds.chains import Chains, ChainsConfig
+from envs.worlds.code import Code, CodeConfig
+from envs.worlds.desk import Desk, DeskConfig
+from envs.worlds.facts import Facts, FactsConfig
+from envs.worlds.requests import Requests, RequestsConfig
+from envs.worlds.rules import Rules, RulesConfig
+from posttrain.protocols import World
+
+WorldConfig = Annotated[
+    ChainsConfig | CodeConfig | DeskConfig | FactsConfig | RequestsConfig | RulesConfig, Field(discriminator="type")
+]
+"""What a config file may say of a world; ``type`` tells which."""
+
+
+def make_world(
+    config: ChainsConfig | CodeConfig | DeskConfig | FactsConfig | RequestsConfig | RulesConfig, name: str
+) -> World:
+    """The world that ``config`` describes, called ``name`` in task ids and reports."""
+    match config:
+        case ChainsConfig():
+            return Chains(config, name)
+        case CodeConfig():
+            return Code(config, name)
+        case DeskConfig():
+            return Desk(config, name)
+        case FactsConfig():
+            return Facts(config, name)
+        case RequestsConfig():
+            return Requests(config, name)
+        case RulesConfig():
+            return Rules(config, name)
+
+
+__all__ = [
+    "ChainsConfig",
+    "CodeConfig",
+    "DeskConfig",
+    "FactsConfig",
+    "RequestsConfig",
+    "RulesConfig",
+    "WorldConfig",
+    "make_world",
+]

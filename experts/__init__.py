@@ -1,0 +1,1 @@
+"""Who learns what: worlds, rewards and credit make one expert."""

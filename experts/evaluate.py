@@ -1,0 +1,70 @@
+"""One policy on held-out tasks: outcomes, not shaped rewards; what could not be judged is tried again, then reported."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from envs.episode import transcript
+from experts.config import EvaluationConfig
+from experts.rollouts import Player
+from posttrain.loop import derive_seed
+from posttrain.protocols import Engine, World
+from posttrain.types import Rollout, Task
+
+_ATTEMPTS = 3
+"""Tries for an episode that infrastructure broke."""
+
+
+def held_out(worlds: Mapping[str, World], config: EvaluationConfig, seed: int) -> list[Task]:
+    """The evaluation tasks of all worlds, the same for every policy; each domain's are shared equally by its worlds."""
+    out: list[Task] = []
+    for domain in sorted({w.domain for w in worlds.values()}):
+        names = sorted(n for n, w in worlds.items() if w.domain == domain)
+        for name in names:
+            out += worlds[name].tasks("eval", -(-config.tasks // len(names)), seed)
+    return out
+
+
+async def evaluate(
+    engine: Engine,
+    player: Player,
+    tasks: Sequence[Task],
+    config: EvaluationConfig,
+    *,
+    label: str,
+    seed: int,
+    on_done: Callable[[], None],
+) -> list[Rollout]:
+    """One rollout a task, in the order of ``tasks``. Invalid ones keep ``score`` None."""
+    gate = asyncio.Semaphore(config.concurrency)
+
+    async def one(task: Task) -> Rollout:
+        async with gate:
+            for attempt in range(_ATTEMPTS):
+                # The label is not part of the seed: every policy draws the same random numbers on a task.
+                rollout = await player(
+                    engine, task, f"{label}/{task.id}/0", label, derive_seed(seed, task.id, attempt)
+                )
+                if rollout.valid:
+                    break
+            on_done()
+            return rollout  # pyright: ignore[reportPossiblyUnboundVariable]  # _ATTEMPTS > 0
+
+    return list(await asyncio.gather(*(one(t) for t in tasks)))
+
+
+def record(rollout: Rollout) -> dict[str, Any]:
+    """What the report keeps of an evaluated episode."""
+    return {
+        "task": rollout.task.id,
+        "domain": rollout.task.domain,
+        "world": rollout.task.world,
+        "difficulty": rollout.task.difficulty,
+        "outcome": None if rollout.score is None else rollout.score.outcome,
+        "tokens": rollout.sampled_tokens,
+        "stop": str(rollout.stop),
+        "parse_errors": len(rollout.parse_errors),
+        "text": transcript(rollout.messages),
+    }

@@ -1,0 +1,36 @@
+"""Binds worlds, chat and rewards into the one function that the loop and evaluation call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from envs.episode import run_episode
+from posttrain.chat import Chat
+from posttrain.protocols import Engine, World
+from posttrain.types import Rollout, Score, Task
+from rewards import RewardConfig, score
+
+
+class Player:
+    """Plays a task of any of ``worlds``. Implements ``loop.RunRollout``."""
+
+    def __init__(
+        self, worlds: Mapping[str, World], chat: Chat, reward: RewardConfig, temperature: float = 1.0
+    ) -> None:
+        self.worlds, self.chat, self.reward, self.temperature = worlds, chat, reward, temperature
+
+    def _score(self, rollout: Rollout, outcome: float) -> Score:
+        return score(rollout, outcome, self.reward)
+
+    async def __call__(self, engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        return await run_episode(
+            engine,
+            self.worlds[task.world],
+            self.chat,
+            self._score,
+            task,
+            rollout_id=rollout_id,
+            group=group,
+            seed=seed,
+            temperature=self.temperature,
+        )

@@ -1,0 +1,1 @@
+"""Experts become teachers, teachers make one student."""

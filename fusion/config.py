@@ -1,0 +1,77 @@
+"""The whole pipeline, from nothing to a table."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from envs.worlds import WorldConfig, make_world
+from experts.config import ColdStartConfig, EvaluationConfig, ExpertConfig
+from posttrain.config import Config
+from posttrain.settings import DistillLoss, LocalEngineConfig, LoopConfig, ModelConfig, TrainerConfig
+
+
+class FusionConfig(Config):
+    """Multi-teacher on-policy distillation of the experts into one student."""
+
+    domains: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Share of each domain's tasks; empty: equal shares."""
+    train_tasks: Annotated[int, Field(gt=0)] = 2000
+    """Different tasks a world; they come round again."""
+    loss: DistillLoss = DistillLoss()
+    """Objective."""
+    loop: LoopConfig = LoopConfig(group_size=1, groups_per_step=128, max_running=128)
+    """Pace. One rollout a prompt is enough: nothing is compared within a group."""
+    trainer: TrainerConfig = TrainerConfig()
+    """Steps."""
+
+
+class PipelineConfig(Config):
+    """Cold start, experts, fusion, evaluation."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Everything random hangs on it."""
+    model: ModelConfig
+    """What is trained."""
+    engine: LocalEngineConfig = LocalEngineConfig()
+    """Where rollouts are sampled."""
+    worlds: dict[str, WorldConfig]
+    """Name to world."""
+    cold_start: ColdStartConfig | None = ColdStartConfig()
+    """null: the model is used as it is."""
+    experts: dict[str, ExpertConfig]
+    """Name to expert; the name is the domain it will teach."""
+    fusion: FusionConfig = FusionConfig()
+    """Experts to student."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out tasks."""
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> PipelineConfig:
+        for expert, config in self.experts.items():
+            for world in config.worlds:
+                if world not in self.worlds:
+                    known = ", ".join(sorted(self.worlds))
+                    raise ValueError(f"experts.{expert}.worlds: there is no world `{world}`; `worlds` has: {known}")
+        domains = domains_of(self)
+        taught = sorted(set(domains.values()))
+        if len(taught) < len(domains):
+            raise ValueError(f"experts: two experts share a domain, and a domain has one teacher: {domains}")
+        for domain in self.fusion.domains:
+            if domain not in taught:
+                raise ValueError(f"fusion.domains: no expert teaches `{domain}`; taught are: {', '.join(taught)}")
+        if self.cold_start is None and self.model.type == "longcat2":
+            raise ValueError("cold_start: a model that starts at random needs one; set it or use model.type pretrained")
+        return self
+
+
+def domains_of(config: PipelineConfig) -> dict[str, str]:
+    """Expert to the domain it teaches: that of its worlds, which must agree. Raises ValueError naming the key."""
+    out: dict[str, str] = {}
+    for expert, spec in config.experts.items():
+        found = {make_world(config.worlds[name], name).domain for name in spec.worlds}
+        if len(found) != 1:
+            raise ValueError(f"experts.{expert}.worlds: an expert needs worlds of one domain, not of {sorted(found)}")
+        out[expert] = found.pop()
+    return out

@@ -1,0 +1,226 @@
+"""Cold start -> experts -> fusion -> evaluation -> report. A stage whose config and inputs have not changed is not
+run again; a stage that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from transformers import AutoTokenizer
+
+from envs.worlds import make_world
+from experts import cold_start
+from experts.config import ExpertConfig
+from experts.credit import GroupCredit
+from experts.evaluate import evaluate, held_out, record
+from experts.rollouts import Player
+from experts.tasks import TaskStream
+from experts.train import Stage, run_stage, start_engine
+from fusion.config import PipelineConfig, domains_of
+from fusion.credit import TeacherCredit
+from fusion.report import write_report
+from fusion.results import results
+from fusion.teachers import ModelTeacher
+from posttrain.chat import Chat, train_tokenizer
+from posttrain.config import digest
+from posttrain.files import remove, write_json
+from posttrain.journal import Journal, read_journal
+from posttrain.loop import derive_seed
+from posttrain.metrics import Metrics
+from posttrain.model import Longcat2Config, Longcat2ForCausalLM
+from posttrain.run import RunDir
+from posttrain.settings import Longcat2Model
+from posttrain.types import Weights
+from rewards import RewardConfig
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[bool], Coroutine[Any, Any, list[Path]]]
+
+
+class Pipeline:
+    """One run. ``to`` does what a stage needs and then the stage itself."""
+
+    def __init__(self, config: PipelineConfig, run: RunDir, progress: Progress) -> None:
+        self.config, self.run, self.progress = config, run, progress
+        self.metrics = Metrics(run.metrics_file)
+        self.worlds = {name: make_world(world, name) for name, world in config.worlds.items()}
+        self.domains = domains_of(config)
+        self.digests: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Close what is open; idempotent."""
+        self.metrics.close()
+
+    # What each stage stands on
+
+    def _digest(self, stage: str, *parts: object) -> str:
+        self.digests[stage] = digest([stage, self.config.seed, *parts])
+        return self.digests[stage]
+
+    async def _stage(self, stage: str, key: str, work: Work) -> None:
+        if self.run.done(stage, key):
+            log.info("%s: done before", stage)
+            return
+        resumed = self.run.begin(stage, key)
+        log.info("%s: %s", stage, "going on" if resumed else "starting")
+        started = time.monotonic()
+        outputs = await work(resumed)
+        seconds = time.monotonic() - started
+        self.run.finish(stage, key, seconds, outputs)
+        log.info("%s: done in %.0f s", stage, seconds)
+
+    async def base(self) -> Path:
+        """The folder of the model that everything starts from."""
+        c = self.config
+        if c.cold_start is None:
+            assert not isinstance(c.model, Longcat2Model)  # the config refuses that
+            self._digest("base", c.model)
+            return c.model.path
+        await self._stage("base", self._digest("base", c.model, c.cold_start, c.worlds), self._cold_start)
+        return self.run.checkpoint("base")
+
+    async def _cold_start(self, resumed: bool) -> list[Path]:
+        c, folder = self.config, self.run.checkpoint("base")
+        assert c.cold_start is not None
+        seed = derive_seed(c.seed, "base") % 2**32
+        demos = await cold_start.demonstrations(self.worlds, c.cold_start.demonstrations, seed)
+        torch.manual_seed(seed)
+        if isinstance(c.model, Longcat2Model):
+            tokenizer = train_tokenizer(cold_start.texts(demos), c.model.vocab_size)
+            ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+            model = Longcat2ForCausalLM(Longcat2Config(**c.model.settings, vocab_size=c.model.vocab_size, **ids))
+        else:
+            from transformers import AutoModelForCausalLM
+
+            tokenizer = AutoTokenizer.from_pretrained(c.model.path)
+            model = AutoModelForCausalLM.from_pretrained(c.model.path, dtype=torch.float32)
+        data = cold_start.dataset(demos, Chat(tokenizer), c.cold_start, seed)
+        bar = self.progress.add_task("base", total=c.cold_start.steps)
+        history = await asyncio.to_thread(
+            cold_start.train, model, tokenizer, data, c.cold_start, folder / "trainer", seed,
+            lambda step: self.progress.update(bar, completed=step),
+        )  # fmt: skip
+        self.metrics.rewind("cold_start", -1)
+        for entry in history:
+            values = {k: float(v) for k, v in entry.items() if k not in ("step", "epoch")}
+            self.metrics.log(int(entry["step"]), "cold_start", values)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        remove(folder / "trainer")
+        return [folder / "config.json"]
+
+    def _player(self, base: Path, reward: RewardConfig, temperature: float = 1.0) -> Player:
+        return Player(self.worlds, Chat(AutoTokenizer.from_pretrained(base)), reward, temperature)
+
+    async def expert(self, name: str) -> Path:
+        """The folder of the trained expert."""
+        c, stage, base = self.config.experts[name], f"expert-{name}", await self.base()
+        used = {world: self.config.worlds[world] for world in c.worlds}
+        key = self._digest(stage, c, used, self.config.engine, self.digests["base"])
+        await self._stage(stage, key, partial(self._train_expert, name, c, base))
+        return self.run.checkpoint(stage)
+
+    async def _train_expert(self, name: str, c: ExpertConfig, base: Path, resumed: bool) -> list[Path]:
+        seed = derive_seed(self.config.seed, "expert", name)
+        stage = Stage(
+            name=f"expert-{name}",
+            start=base,
+            loop=c.loop,
+            trainer=c.trainer,
+            loss=c.loss,
+            engine=self.config.engine,
+            credit=GroupCredit(c.credit),
+            player=self._player(base, c.reward),
+            task=TaskStream(self.worlds, c.worlds, c.train_tasks, seed),
+            seed=seed,
+        )
+        return [await run_stage(stage, self.run, self.metrics, self.progress)]
+
+    async def student(self) -> Path:
+        """The folder of the fused student."""
+        c, base = self.config.fusion, await self.base()
+        teachers = {self.domains[name]: await self.expert(name) for name in self.config.experts}
+        inputs = [self.digests[f"expert-{name}"] for name in self.config.experts]
+        key = self._digest("fusion", c, self.config.engine, self.digests["base"], *inputs)
+        await self._stage("fusion", key, partial(self._fuse, base, teachers))
+        return self.run.checkpoint("fusion")
+
+    async def _fuse(self, base: Path, teachers: Mapping[str, Path], resumed: bool) -> list[Path]:
+        c, seed = self.config.fusion, derive_seed(self.config.seed, "fusion")
+        shares: dict[str, float] = {}
+        for name, domain in self.domains.items():
+            worlds = self.config.experts[name].worlds
+            weight = c.domains.get(domain, 0.0) if c.domains else 1.0
+            for world, share in worlds.items():
+                if weight:
+                    shares[world] = weight * share / sum(worlds.values())
+        stage = Stage(
+            name="fusion",
+            start=base,
+            loop=c.loop,
+            trainer=c.trainer,
+            loss=c.loss,
+            engine=self.config.engine,
+            credit=TeacherCredit({domain: ModelTeacher(folder) for domain, folder in teachers.items()}),
+            player=self._player(base, RewardConfig()),
+            task=TaskStream(self.worlds, shares, c.train_tasks, seed),
+            seed=seed,
+        )
+        return [await run_stage(stage, self.run, self.metrics, self.progress)]
+
+    async def evaluation(self) -> dict[str, Any]:
+        """Play the held-out tasks with every policy; write and return ``results.json``."""
+        policies = {"base": await self.base()}
+        policies |= {name: await self.expert(name) for name in self.config.experts}
+        policies["student"] = await self.student()
+        sources = {"base": "base", "student": "fusion"} | {n: f"expert-{n}" for n in self.config.experts}
+        for label, folder in policies.items():
+            stage = f"evaluation-{label}"
+            key = self._digest(stage, self.config.evaluation, self.config.worlds, self.digests[sources[label]])
+            await self._stage(stage, key, partial(self._evaluate, stage, label, policies["base"], folder))
+        found = results(
+            {label: list(read_journal(self.run.rollouts(f"evaluation-{label}"))) for label in policies},
+            self.domains,
+            self.run.seconds(),
+            digest(self.config),
+            versions(),
+        )
+        write_json(self.run.results_file, found)
+        write_report(self.run)
+        return found
+
+    async def _evaluate(self, stage: str, label: str, base: Path, folder: Path, resumed: bool) -> list[Path]:
+        c, journal = self.config.evaluation, self.run.rollouts(stage)
+        seed = derive_seed(self.config.seed, "evaluation")
+        engine = await start_engine(self.config.engine, folder)
+        try:
+            await engine.load(Weights(version=0, where=str(folder)))
+            player = self._player(base, RewardConfig(), c.temperature)
+            tasks = held_out(self.worlds, c, seed)
+            bar = self.progress.add_task(stage, total=len(tasks))
+            rollouts = await evaluate(
+                engine, player, tasks, c, label=label, seed=seed, on_done=lambda: self.progress.advance(bar)
+            )
+        finally:
+            await engine.close()
+        remove(journal)
+        with Journal(journal) as out:
+            for rollout in rollouts:
+                out.write(record(rollout))
+        return [journal]
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "pydantic-monty", "posttrain")
+    return {"python": platform.python_version(), **{n: version(n) for n in names}}

@@ -1,0 +1,139 @@
+"""The front door. Heavy imports happen inside the commands, after the config has been read."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from fusion.config import PipelineConfig
+    from fusion.pipeline import Pipeline
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Train Agent, Reasoning and Interaction experts by asynchronous RL and fuse them into one student.",
+)  # fmt: skip
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="a.b.c=VALUE on top of the file; repeatable.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory of the run; an earlier try in it goes on.")]
+Check = Annotated[bool, typer.Option("--check", help="Only check the config.")]
+
+
+@app.command()
+def run(config: ConfigPath, out: Out = Path("runs/run"), set_: Overrides = None, check: Check = False) -> None:
+    """The whole pipeline: cold start, experts, fusion, evaluation, report."""
+    _go(config, out, set_, check, "run")
+
+
+@app.command()
+def expert(
+    config: ConfigPath,
+    name: Annotated[str, typer.Argument(help="Which of the config's experts.")],
+    out: Out = Path("runs/run"),
+    set_: Overrides = None,
+    check: Check = False,
+) -> None:
+    """Train one expert, and the model it starts from if that is not there."""
+    _go(config, out, set_, check, "expert", name)
+
+
+@app.command()
+def fuse(config: ConfigPath, out: Out = Path("runs/run"), set_: Overrides = None, check: Check = False) -> None:
+    """Fuse the experts into one student, training what is missing."""
+    _go(config, out, set_, check, "fuse")
+
+
+@app.command(name="eval")
+def evaluate(config: ConfigPath, out: Out = Path("runs/run"), set_: Overrides = None, check: Check = False) -> None:
+    """Evaluate base, experts and student on held-out tasks, training what is missing. The same as run."""
+    _go(config, out, set_, check, "eval")
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="Directory of a run.", metavar="DIR")]) -> None:
+    """Write the report of a run again, finished or not."""
+    from fusion.report import write_report
+    from posttrain.run import RunDir
+
+    print(write_report(RunDir.require(directory)))
+
+
+def _load(path: Path, overrides: list[str] | None, expert_name: str | None) -> PipelineConfig:
+    from fusion.config import PipelineConfig
+    from posttrain.config import load
+    from posttrain.errors import ConfigError
+
+    config = load(PipelineConfig, path, overrides or [])
+    if expert_name is not None and expert_name not in config.experts:
+        raise ConfigError(f"{path}: experts: there is no `{expert_name}`; choose one of {', '.join(config.experts)}")
+    return config
+
+
+def _go(path: Path, out: Path, overrides: list[str] | None, check: bool, what: str, name: str | None = None) -> None:
+    config = _load(path, overrides, name)
+    if check:
+        print(f"{path}: good")
+        return
+    from fusion.preflight import preflight
+    from posttrain.run import RunDir, start_logging
+
+    preflight(path, config)
+    with RunDir.open(out, config) as directory:
+        start_logging(directory.log_file)
+        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+        from fusion.pipeline import Pipeline
+
+        with Progress(SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()) as progress:
+            pipeline = Pipeline(config, directory, progress)
+            try:
+                found = asyncio.run(_work(pipeline, what, name))
+            finally:
+                pipeline.close()
+        if isinstance(found, Path):
+            print(found)
+        else:
+            _show(found, directory)
+
+
+def _work(pipeline: Pipeline, what: str, name: str | None) -> Coroutine[Any, Any, Any]:
+    match what:
+        case "expert":
+            assert name is not None
+            return pipeline.expert(name)
+        case "fuse":
+            return pipeline.student()
+        case _:
+            return pipeline.evaluation()
+
+
+def _show(found: dict[str, Any], directory: Any) -> None:
+    from rich.console import Console
+
+    from fusion.results import table, verdict
+
+    Console().print(table(found))
+    for line in verdict(found):
+        print(line)
+    print(f"results: {directory.results_file}\nreport:  {directory.report_file.resolve()}")
+
+
+def main() -> None:
+    """Entry of the console script: a UserError is one message and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A preallocated key-value cache in which every request owns a row ("slot") for its whole life.
+
+It is a transformers ``Cache``, so any causal LM that uses one can be batched continuously: the engine says which rows
+and columns the next forward writes (``place``), the model calls ``update`` as it always does, and a 4-D attention mask
+hides what a row has not filled yet.
+
+Shapes: R rows of the cache, B rows in this forward, T new tokens a row, S visible columns, h heads, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, ``[R, h, S, d]``, allocated at the first update."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the shapes and dtypes of the first update."""
+        c = self._cache
+        self.keys = key_states.new_zeros(c.num_slots, key_states.shape[1], c.max_columns, key_states.shape[3])
+        self.values = value_states.new_zeros(c.num_slots, value_states.shape[1], c.max_columns, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write ``[B, h, T, d]`` where ``place`` said and return the rows' first S columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        c = self._cache
+        out: list[Tensor] = []
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer[c.rows_B1, :, c.columns_BT] = new.transpose(1, 2)
+            rows = buffer[: c.num_rows] if c.rows_are_prefix else buffer[c.rows_B1[:, 0]]
+            out.append(rows[:, :, : c.visible])
+        return out[0], out[1]
+
+    def copy_row(self, source: int, targets: Tensor, length: int) -> None:
+        """Give ``targets`` the first ``length`` columns of row ``source``."""
+        for buffer in (self.keys, self.values):
+            buffer[targets, :, :length] = buffer[source, :, :length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the visible columns."""
+        return self._cache.visible, 0
+
+    def get_seq_length(self) -> int:
+        """Rows differ in length, so the model must be given position ids; this says 0."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Columns a row can fill."""
+        return self._cache.max_columns - 1
+
+
+class SlotCache(Cache):
+    """``num_slots`` rows of ``max_length`` columns, and one column more for padding to write into."""
+
+    def __init__(self, num_slots: int, max_length: int) -> None:
+        super().__init__(layers=[])
+        self.num_slots, self.max_columns = num_slots, max_length + 1
+        self.trash_column = max_length
+        self.place(torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), 1, True)
+
+    def place(self, rows_B: Tensor, columns_BT: Tensor, visible: int, rows_are_prefix: bool) -> None:
+        """Where the next forward writes. ``rows_are_prefix``: rows are 0..B-1, so that reads need no copy."""
+        self.rows_B1, self.columns_BT = rows_B[:, None], columns_BT
+        self.num_rows, self.visible, self.rows_are_prefix = len(rows_B), visible, rows_are_prefix
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """See ``SlotLayer.update``; layers appear when they are first written."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(SlotLayer(self))
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def copy_row(self, source: int, targets: Tensor, length: int) -> None:
+        """Share a prefix that was computed once with other rows."""
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer) and layer.is_initialized:
+                layer.copy_row(source, targets, length)

@@ -1,0 +1,139 @@
+"""An engine on this machine: a process of its own that batches requests continuously (see ``worker``).
+
+Requests made in one turn of the event loop travel as one message, so that rollouts which start together are prefilled
+together and, in synchronous mode, batches have the same composition in every run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine import worker
+from posttrain.errors import EngineError
+from posttrain.types import Completion, Sampling, Weights
+
+
+class LocalEngine:
+    """Implements ``protocols.Engine``. Create with ``await LocalEngine.start(...)``."""
+
+    def __init__(self, process: Any, pipe: Any, timeout_s: float) -> None:
+        self._process, self._pipe, self._timeout_s = process, pipe, timeout_s
+        self._keys = itertools.count()
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._outbox: list[worker.Request] = []
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closed = False
+        asyncio.get_running_loop().add_reader(pipe.fileno(), self._receive)
+
+    @classmethod
+    async def start(
+        cls, folder: Path, *, slots: int = 64, max_context: int = 512, threads: int = 1, timeout_s: float = 300.0
+    ) -> LocalEngine:
+        """Load the model in ``folder`` in a new process. ``timeout_s`` bounds every later wait for an answer."""
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(
+            target=worker.main, args=(there, str(folder), slots, max_context, threads), daemon=True, name="engine"
+        )
+        process.start()
+        there.close()
+        engine = cls(process, here, timeout_s)
+        await engine._wait(engine._ready, "the engine to start")
+        return engine
+
+    async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
+        """See the protocol. Empty with finish ``length`` if the context leaves no room."""
+        key = next(self._keys)
+        future = self._expect(key)
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(worker.Request(id=key, ids=tuple(ids), sampling=sampling))
+        return await self._wait(future, f"a completion of at most {sampling.max_tokens} tokens", key)
+
+    async def load(self, weights: Weights) -> None:
+        """See the protocol. Taken between two tokens; running requests go on under the new weights."""
+        key = next(self._keys)
+        future = self._expect(key)
+        self._send(("load", key, weights))
+        await self._wait(future, f"the engine to load version {weights.version}", key)
+
+    async def close(self) -> None:
+        """See the protocol."""
+        if self._closed:
+            return
+        self._closed = True
+        asyncio.get_running_loop().remove_reader(self._pipe.fileno())
+        try:
+            self._pipe.send(("close",))
+        except OSError:
+            pass  # already dead
+        self._fail("the engine was closed")
+        self._pipe.close()
+        await asyncio.to_thread(self._process.join, 5)
+        if self._process.is_alive():
+            self._process.kill()
+            await asyncio.to_thread(self._process.join, 5)
+
+    def _expect(self, key: int) -> asyncio.Future[Any]:
+        if self._closed:
+            raise EngineError("the engine is closed")
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[key] = future
+        return future
+
+    async def _wait(self, future: asyncio.Future[Any], what: str, key: int | None = None) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await future
+        except TimeoutError as error:
+            raise EngineError(f"waited {self._timeout_s:g} s for {what}") from error
+        finally:
+            if key is not None:
+                self._waiting.pop(key, None)
+
+    def _flush(self) -> None:
+        batch, self._outbox = self._outbox, []
+        if not self._closed:
+            self._send(("generate", batch))
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError:
+            self._died()
+
+    def _receive(self) -> None:
+        try:
+            while not self._closed and self._pipe.poll():
+                kind, *rest = self._pipe.recv()
+                if kind == "ready":
+                    self._ready.set_result(None)
+                elif kind == "loaded":
+                    self._resolve(rest[0], None)
+                else:
+                    for key, completion in rest[0]:
+                        self._resolve(key, completion)
+        except (EOFError, OSError):
+            self._died()
+
+    def _resolve(self, key: int, value: Any) -> None:
+        future = self._waiting.get(key)
+        if future is not None and not future.done():
+            future.set_result(value)
+
+    def _died(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pipe.fileno())
+        self._closed = True
+        self._process.join(1)
+        self._fail(f"the engine process died with exit code {self._process.exitcode}; its last words are on stderr")
+
+    def _fail(self, text: str) -> None:
+        for future in [self._ready, *self._waiting.values()]:
+            if not future.done():
+                future.set_exception(EngineError(text))
+                future.exception()  # marked as seen: a caller that was cancelled will not fetch it

@@ -1,0 +1,134 @@
+"""What the spine can be told. Imports no torch, so that a config is checked in well under a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from posttrain.config import Config
+
+
+class Longcat2Model(Config):
+    """A LongCat-2.0-architecture model, started at random."""
+
+    type: Literal["longcat2"] = "longcat2"
+    settings: dict[str, Any]
+    """Fields of ``posttrain.model.Longcat2Config``, by their official names."""
+    vocab_size: Annotated[int, Field(ge=128)] = 768
+    """Size of the tokenizer that is trained on the worlds' own text."""
+
+
+class PretrainedModel(Config):
+    """Any causal LM in a Hugging Face folder whose tokenizer knows the markup of ``posttrain.chat``."""
+
+    type: Literal["pretrained"] = "pretrained"
+    path: Path
+    """Folder with config, weights and tokenizer."""
+
+
+ModelConfig = Annotated[Longcat2Model | PretrainedModel, Field(discriminator="type")]
+
+
+class LocalEngineConfig(Config):
+    """A process on this machine."""
+
+    type: Literal["local"] = "local"
+    slots: Annotated[int, Field(gt=0)] = 64
+    """Requests in one forward."""
+    max_context: Annotated[int, Field(gt=0)] = 512
+    """Tokens a conversation may hold."""
+    threads: Annotated[int, Field(gt=0)] = 1
+    """CPU threads of the process."""
+    timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """Bound on the wait for any answer, in seconds."""
+
+
+class ClippedLoss(Config):
+    """Token-level GRPO with triplet clipping (LongCat-Flash-Thinking, arXiv 2509.18883, Eq. 4)."""
+
+    type: Literal["clipped"] = "clipped"
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """eps_neg_low: with A < 0 the ratio is trusted down to 1 - clip_low."""
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    """eps_pos_high: with A > 0 the ratio is trusted up to 1 + clip_high."""
+    clip_negative: Annotated[float, Field(gt=1)] = 3.0
+    """eps_neg_high: an absolute bound on the ratio where A < 0."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """C: the weight prox/mu between engine and trainer is cut here."""
+    constant_length: Annotated[int, Field(gt=0)] = 64
+    """T_max: the sum is divided by rollouts x T_max, whatever their lengths."""
+
+
+class DistillLoss(Config):
+    """Sampled-token multi-teacher on-policy distillation (MiMo-V2-Flash, arXiv 2601.02780, Eq. 5-9)."""
+
+    type: Literal["mopd"] = "mopd"
+    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
+    """The log-ratio to the teacher is cut to +- this."""
+    gate_low: Annotated[float, Field(gt=0)] = 0.5
+    """IcePop gate: a token with pi/mu below it carries no signal."""
+    gate_high: Annotated[float, Field(gt=0)] = 2.0
+    """IcePop gate: a token with pi/mu above it carries no signal."""
+
+
+class LoraConfig(Config):
+    """Low-rank adapters instead of full weights (peft)."""
+
+    rank: Annotated[int, Field(gt=0)] = 16
+    """Inner dimension."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale times rank."""
+    targets: list[str] | str = "all-linear"
+    """Names of the modules that get an adapter, as peft reads them."""
+
+
+class TrainerConfig(Config):
+    """How a step is taken."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    """Optimizer steps over which the rate rises from 0."""
+    decay: bool = True
+    """Whether the rate falls linearly to a tenth over the stage."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moments."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW decay, on matrices."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    updates_per_batch: Annotated[int, Field(gt=0)] = 1
+    """Optimizer steps a batch of rollouts is split into."""
+    tokens_per_micro_batch: Annotated[int, Field(gt=0)] = 4096
+    """Padded tokens a forward holds."""
+    freeze: list[str] = []
+    """Regular expressions; parameters whose name matches one are not trained."""
+    lora: LoraConfig | None = None
+    """Adapters instead of full weights."""
+    threads: Annotated[int, Field(gt=0)] = 1
+    """CPU threads of the training process."""
+
+
+class LoopConfig(Config):
+    """The pace of a stage."""
+
+    steps: Annotated[int, Field(gt=0)] = 40
+    """Policy versions to make."""
+    groups_per_step: Annotated[int, Field(gt=0)] = 16
+    """B: groups a step trains on."""
+    group_size: Annotated[int, Field(gt=0)] = 8
+    """G: rollouts of one prompt."""
+    max_running: Annotated[int, Field(gt=0)] = 16
+    """Groups under way at once; the smallest that keeps the trainer busy is best."""
+    max_staleness: Annotated[int, Field(ge=0)] = 2
+    """K: versions between the oldest token of a rollout and the weights it trains. 0: synchronous, deterministic."""
+    attempts: Annotated[int, Field(gt=0)] = 3
+    """Tries for a rollout that infrastructure broke."""
+    max_invalid_groups: Annotated[int, Field(gt=0)] = 8
+    """Worthless groups in a row after which the run stops."""
+    checkpoint_every: Annotated[int, Field(gt=0)] = 5
+    """Versions between two checkpoints."""
+    wait_s: Annotated[float, Field(gt=0)] = 600.0
+    """Bound on every wait, in seconds."""
