@@ -10,28 +10,25 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-THINGS = _words(
-    "ash bay bee bud cap cob cow dew egg elm fan fig fox gem gum hat hay hen ink ivy "
-    "jam jar jet key kit log map mud net nut oak owl pea pen pig rye sea sun tar urn"
-)
+THINGS = _words("ash bee cap cow egg fan fig fox gem hat jar key log map nut owl pen sea sun tar")
 """Words without a meaning of their own here: nodes of chains, words of lists, objects of requests."""
 
-NAMES = _words("ada amy ann ben bob dan eli eva gus ian ida jon kim leo mia max ned sam tom zoe")
+NAMES = _words("ada ben dan eli eva gus ian jon kim leo mia zoe")
 """Customers, and the people of facts."""
 
-CITIES = _words("oslo rome bern lima cork bath riga nice york lyon bonn kyiv")
+CITIES = _words("oslo rome bern lima cork riga york lyon")
 """Where orders go and people live."""
 
-ORDERS = _words("opal ruby onyx jade zinc gold iron lead salt coal clay sand silk wool mint lime rust moss")
+ORDERS = _words("opal ruby onyx jade zinc gold iron salt coal silk")
 """Order ids: only ``find`` tells which order is whose."""
 
-ITEMS = _words("lamp soup desk sofa coat boot bike tent")
+ITEMS = _words("lamp soup desk sofa bike")
 """What was ordered, and objects of requests."""
 
-HARMLESS = _words("fix wash pack send sell open fold lift hang sort")
+HARMLESS = _words("fix wash pack send open fold lift sort")
 """Verbs that anybody may ask for."""
 
-HARMFUL = _words("bomb burn hack loot ruin steal smash spoil crash taint")
+HARMFUL = _words("bomb burn hack loot ruin steal smash crash")
 """Verbs that must be refused, whatever their object."""
 
 

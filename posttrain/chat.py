@@ -164,7 +164,7 @@ class Chat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with the markup visible."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def parse(self, ids: Sequence[int], tools: Sequence[Tool], thinking: bool) -> Message:
         """The assistant message that was sampled. Raises ParseError."""

@@ -102,7 +102,8 @@ class World(Protocol):
     domain: str
 
     def tasks(self, split: str, n: int, seed: int) -> list[Task]:
-        """``n`` tasks of ``split`` ('demo', 'train' or 'eval'); the same arguments give the same tasks, splits are disjoint."""
+        """``n`` tasks of ``split`` ('demo', 'train' or 'eval'); the same arguments give the same
+        tasks, and the splits are disjoint."""
         ...
 
     async def demonstrate(self, task: Task, rng: Random) -> list[Message]:

@@ -103,7 +103,7 @@ class TrainerConfig(Config):
     """Optimizer steps a batch of rollouts is split into."""
     tokens_per_micro_batch: Annotated[int, Field(gt=0)] = 4096
     """Padded tokens a forward holds."""
-    freeze: list[str] = []
+    freeze: list[str] = Field(default_factory=list[str])
     """Regular expressions; parameters whose name matches one are not trained."""
     lora: LoraConfig | None = None
     """Adapters instead of full weights."""

@@ -85,7 +85,8 @@ class Trainer:
             norms.append(self._update())
         tokens = max(1.0, totals.pop("tokens"))
         means = {k: v / tokens for k, v in totals.items()}
-        return {**means, "tokens": tokens, "grad_norm": max(norms, default=0.0), "lr": self.schedule.get_last_lr()[0]}
+        rate = float(self.schedule.get_last_lr()[0])
+        return {**means, "tokens": tokens, "grad_norm": max(norms, default=0.0), "lr": rate}
 
     def _update(self) -> float:
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm) or 0.0)

@@ -105,13 +105,13 @@ class Task:
     """What the model sees first."""
     thinking: bool = True
     """Whether the assistant turn opens with a think block."""
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
     """Files put into the sandbox before the first turn."""
     limits: Limits = Limits()
     """Bounds on the episode."""
     difficulty: float = 0.0
     """The generator's own measure, for example the number of hops."""
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Private to the world and its grader (JSON values): never shown to the model."""
 
 
@@ -124,7 +124,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     """Token ids that end the completion (and are part of it)."""
     seed: int = 0
-    """Seeds this request alone: the same request at the same weights gives the same tokens, whoever shares its batch."""
+    """Seeds this request alone: its random numbers do not depend on who shares its batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +174,7 @@ class Segment:
 class Score:
     value: float
     """In 0..1 for the outcome; shaped parts may lower it."""
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict[str, float])
     """Named parts, for reading; ``value`` is what is trained on."""
     outcome: float = 0.0
     """Solved or not, in 0..1: what evaluation counts."""

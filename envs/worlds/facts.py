@@ -25,7 +25,7 @@ class FactsConfig(WorldOptions):
 
 
 class Facts(ScriptedWorld):
-    """``ada:oslo ben:rome ...;ben?`` -> ``rome``, or ``unknown``."""
+    """``ada:oslo ben:rome ...;ben?`` -> ``ben:rome``, or ``ben:unknown``."""
 
     kind: ClassVar[str] = "facts"
     domain = "interaction"
@@ -46,27 +46,27 @@ class Facts(ScriptedWorld):
             content=question,
             key=question,
             prompt=(system("answer from the list"), user(question)),
-            data={"answer": listed.get(asked, UNKNOWN), "cities": cities},
+            data={"asked": asked, "answer": listed.get(asked, UNKNOWN), "cities": cities},
             difficulty=float(self.config.facts),
         )
 
     def bad_habits(self, task: Task) -> tuple[str, ...]:
         """One for each half: making up an answer, and holding one back."""
-        return ("invents",) if task.data["answer"] == UNKNOWN else ("unknowing", "mixes")
+        return ("invents",) if task.data["answer"] == UNKNOWN else ("unknowing",)
 
     def script(self, task: Task, habit: str, rng: Random) -> Script:
-        """``invents`` and ``mixes`` name a wrong city of the list."""
-        answer: str = task.data["answer"]
+        """``invents`` names a city of the list."""
+        asked, answer = task.data["asked"], task.data["answer"]
         match habit:
             case "good":
-                yield say(answer)
+                yield say(f"{asked}:{answer}")
             case "unknowing":
-                yield say(UNKNOWN)
-            case "invents" | "mixes":
-                yield say(rng.choice([c for c in task.data["cities"] if c != answer]))
+                yield say(f"{asked}:{UNKNOWN}")
+            case "invents":
+                yield say(f"{asked}:{rng.choice(task.data['cities'])}")
             case _:
                 raise ValueError(f"no habit {habit!r}; {GOOD} or one of {self.bad_habits(task)}")
 
     async def open(self, task: Task) -> TextSession:
-        """The city, or ``unknown``, and nothing else."""
-        return TextSession(lambda text: text == task.data["answer"])
+        """Who and where, or ``unknown``, and nothing else."""
+        return TextSession(lambda text: text == f"{task.data['asked']}:{task.data['answer']}")

@@ -37,6 +37,7 @@ class SlotLayer(CacheLayerMixin):
         """Write ``[B, h, T, d]`` where ``place`` said and return the rows' first S columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         c = self._cache
         out: list[Tensor] = []
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
@@ -47,6 +48,7 @@ class SlotLayer(CacheLayerMixin):
 
     def copy_row(self, source: int, targets: Tensor, length: int) -> None:
         """Give ``targets`` the first ``length`` columns of row ``source``."""
+        assert self.keys is not None and self.values is not None
         for buffer in (self.keys, self.values):
             buffer[targets, :, :length] = buffer[source, :, :length]
 
@@ -67,7 +69,8 @@ class SlotCache(Cache):
     """``num_slots`` rows of ``max_length`` columns, and one column more for padding to write into."""
 
     def __init__(self, num_slots: int, max_length: int) -> None:
-        super().__init__(layers=[])
+        self._slots: list[SlotLayer] = []
+        super().__init__(layers=self._slots)  # pyright: ignore[reportArgumentType]  # the same list, as it grows
         self.num_slots, self.max_columns = num_slots, max_length + 1
         self.trash_column = max_length
         self.place(torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), 1, True)
@@ -81,12 +84,11 @@ class SlotCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """See ``SlotLayer.update``; layers appear when they are first written."""
-        while len(self.layers) <= layer_idx:
-            self.layers.append(SlotLayer(self))
-        return self.layers[layer_idx].update(key_states, value_states)
+        while len(self._slots) <= layer_idx:
+            self._slots.append(SlotLayer(self))
+        return self._slots[layer_idx].update(key_states, value_states)
 
     def copy_row(self, source: int, targets: Tensor, length: int) -> None:
         """Share a prefix that was computed once with other rows."""
-        for layer in self.layers:
-            if isinstance(layer, SlotLayer) and layer.is_initialized:
-                layer.copy_row(source, targets, length)
+        for layer in self._slots:
+            layer.copy_row(source, targets, length)
