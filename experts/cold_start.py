@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
@@ -22,19 +24,19 @@ from posttrain.types import Message, Task, Tool
 Demonstration = tuple[Task, tuple[Tool, ...], list[Message]]
 
 
-async def demonstrations(worlds: Mapping[str, World], count: int, seed: int) -> list[Demonstration]:
-    """``count`` conversations, shared equally by the worlds, in a fixed order."""
+async def demonstrations(worlds: Mapping[str, World], config: ColdStartConfig, seed: int) -> list[Demonstration]:
+    """Conversations of all worlds by share, in a fixed order."""
     out: list[Demonstration] = []
-    share = -(-count // len(worlds))
-    for name in sorted(worlds):
+    weights = {name: config.shares.get(name, 1.0) for name in sorted(worlds)}
+    for name, weight in weights.items():
         world = worlds[name]
-        for task in world.tasks("demo", share, seed):
+        for task in world.tasks("demo", math.ceil(config.demonstrations * weight / sum(weights.values())), seed):
             session = await world.open(task)
             tools = session.tools
             await session.close()
             out.append((task, tools, await world.demonstrate(task, Random(f"{seed}/{task.id}"))))
     Random(seed).shuffle(out)
-    return out[:count]
+    return out
 
 
 def texts(demos: list[Demonstration]) -> list[str]:
@@ -71,6 +73,19 @@ class _Report(TrainerCallback):
         self._on_step(state.global_step)
 
 
+def _optimizer(model: PreTrainedModel, config: ColdStartConfig) -> torch.optim.Optimizer:
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        factor = math.prod(f for pattern, f in config.lr_scales.items() if re.search(pattern, name))
+        groups.setdefault(factor, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": config.lr * factor} for factor, parameters in groups.items()],
+        betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -87,12 +102,10 @@ def train(
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size // config.micro_batches,
         gradient_accumulation_steps=config.micro_batches,
-        learning_rate=config.lr,
         warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
         lr_scheduler_type="cosine",
-        adam_beta2=0.95,
         max_grad_norm=1.0,
+        gradient_checkpointing=config.gradient_checkpointing,
         max_length=None,
         train_sampling_strategy="sequential",
         logging_steps=10,
@@ -107,10 +120,14 @@ def train(
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[_Report(on_step)]
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[_Report(on_step)],
+        optimizers=(_optimizer(model, config), None),
     )
     trainer.remove_callback(PrinterCallback)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     return [dict(entry) for entry in trainer.state.log_history if "loss" in entry]
-

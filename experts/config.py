@@ -16,7 +16,9 @@ class ColdStartConfig(Config):
     """Supervised fine-tuning on what the worlds demonstrate (TRL's SFTTrainer)."""
 
     demonstrations: Annotated[int, Field(gt=0)] = 12000
-    """Conversations, shared equally by the worlds."""
+    """Conversations made; they come round again."""
+    shares: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict[str, float])
+    """Name of a world to its weight among the conversations; 1 for a world that is not named."""
     steps: Annotated[int, Field(gt=0)] = 400
     """Optimizer steps."""
     batch_size: Annotated[int, Field(gt=0)] = 64
@@ -25,10 +27,14 @@ class ColdStartConfig(Config):
     """Forwards a step is split into, by length; must divide ``batch_size``."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate, decayed by a cosine."""
+    lr_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict[str, float])
+    """Regular expression to a factor on the rate of the parameters whose name it matches."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     """Steps over which the rate rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW decay."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
     threads: Annotated[int, Field(gt=0)] = 2
     """CPU threads."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 100

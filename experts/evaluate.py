@@ -1,4 +1,4 @@
-"""One policy on held-out tasks: outcomes, not shaped rewards; what could not be judged is tried again, then reported."""
+"""One policy on held-out tasks: outcomes, not shaped rewards. What could not be judged is tried again, then reported."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ async def evaluate(
         async with gate:
             for attempt in range(_ATTEMPTS):
                 # The label is not part of the seed: every policy draws the same random numbers on a task.
-                rollout = await player(
-                    engine, task, f"{label}/{task.id}/0", label, derive_seed(seed, task.id, attempt)
-                )
+                rollout = await player(engine, task, f"{label}/{task.id}/0", label, derive_seed(seed, task.id, attempt))
                 if rollout.valid:
                     break
             on_done()
@@ -62,7 +60,7 @@ def record(rollout: Rollout) -> dict[str, Any]:
         "domain": rollout.task.domain,
         "world": rollout.task.world,
         "difficulty": rollout.task.difficulty,
-        "outcome": None if rollout.score is None else rollout.score.outcome,
+        "outcome": None if rollout.score is None or not rollout.score.valid else rollout.score.outcome,
         "tokens": rollout.sampled_tokens,
         "stop": str(rollout.stop),
         "parse_errors": len(rollout.parse_errors),

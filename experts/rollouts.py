@@ -14,9 +14,7 @@ from rewards import RewardConfig, score
 class Player:
     """Plays a task of any of ``worlds``. Implements ``loop.RunRollout``."""
 
-    def __init__(
-        self, worlds: Mapping[str, World], chat: Chat, reward: RewardConfig, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, worlds: Mapping[str, World], chat: Chat, reward: RewardConfig, temperature: float = 1.0) -> None:
         self.worlds, self.chat, self.reward, self.temperature = worlds, chat, reward, temperature
 
     def _score(self, rollout: Rollout, outcome: float) -> Score:

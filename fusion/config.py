@@ -15,7 +15,7 @@ from posttrain.settings import DistillLoss, LocalEngineConfig, LoopConfig, Model
 class FusionConfig(Config):
     """Multi-teacher on-policy distillation of the experts into one student."""
 
-    domains: dict[str, Annotated[float, Field(gt=0)]] = {}
+    domains: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict[str, float])
     """Share of each domain's tasks; empty: equal shares."""
     train_tasks: Annotated[int, Field(gt=0)] = 2000
     """Different tasks a world; they come round again."""

@@ -93,12 +93,13 @@ class Pipeline:
         c, folder = self.config, self.run.checkpoint("base")
         assert c.cold_start is not None
         seed = derive_seed(c.seed, "base") % 2**32
-        demos = await cold_start.demonstrations(self.worlds, c.cold_start.demonstrations, seed)
+        demos = await cold_start.demonstrations(self.worlds, c.cold_start, seed)
         torch.manual_seed(seed)
         if isinstance(c.model, Longcat2Model):
             tokenizer = train_tokenizer(cold_start.texts(demos), c.model.vocab_size)
-            ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-            model = Longcat2ForCausalLM(Longcat2Config(**c.model.settings, vocab_size=c.model.vocab_size, **ids))
+            # The tokenizer puts its special tokens first, in this order.
+            settings = {**c.model.settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+            model = Longcat2ForCausalLM(Longcat2Config(vocab_size=c.model.vocab_size, **settings))
         else:
             from transformers import AutoModelForCausalLM
 

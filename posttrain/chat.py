@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,19 @@ CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text()
 
 _ARGUMENT = re.compile(rf"\n{KEY}(?P<key>[^<\n]*){END_KEY}\n{VALUE}(?P<value>.*?){END_VALUE}", flags=re.DOTALL)
 
+_LESS = "\ue000"
+"""Stands for a sampled "<" while an answer is parsed: letters that spell markup are not markup."""
+
+
+def _plain(text: str) -> str:
+    return text.replace(_LESS, "<")
+
 
 class ParseError(ValueError):
     """A malformed assistant turn. ``name`` is one of: unfinished, open_think, open_call, bad_call, bad_argument."""
 
     def __init__(self, name: str, detail: str) -> None:
-        super().__init__(f"{name}: {detail}")
+        super().__init__(f"{name}: {_plain(detail)}")
         self.name = name
 
 
@@ -111,6 +119,7 @@ class Chat:
             raise ValueError(f"the tokenizer lacks {missing[:3]}: make one with `posttrain.chat.train_tokenizer`")
         self.tokenizer = tokenizer
         self._special = {t: vocab[t] for t in SPECIAL}
+        self._markup = frozenset(self._special.values())
         self.stop_ids: tuple[int, ...] = (self._special[EOS],)
         self._encode = lru_cache(maxsize=65536)(self._encode_text)
 
@@ -125,9 +134,11 @@ class Chat:
 
     def opening(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool) -> tuple[int, ...]:
         """Ids of the first messages up to where the assistant begins."""
-        if tools and not any(m.role == "system" for m in messages):
+        if tools and messages[0].role != "system":
             messages = [Message(role="system", content=""), *messages]
-        return self._ids([p for m in messages for p in self._given(m, tools, thinking)] + _begin(thinking))
+        first, *others = messages
+        parts = self._given(first, tools, thinking) + [p for m in others for p in self._given(m, (), thinking)]
+        return self._ids(parts + _begin(thinking))
 
     def addition(self, messages: Sequence[Message], thinking: bool) -> tuple[int, ...]:
         """Ids that tool results or the user's next words add, up to where the assistant begins again."""
@@ -147,7 +158,7 @@ class Chat:
             if message.role != "assistant":
                 given.append(message)
                 continue
-            if given:
+            if given or len(out) > 1:
                 out.append(Segment.given(self.addition(given, thinking)))
                 given = []
             ids = self.answer(message, thinking)
@@ -168,7 +179,8 @@ class Chat:
 
     def parse(self, ids: Sequence[int], tools: Sequence[Tool], thinking: bool) -> Message:
         """The assistant message that was sampled. Raises ParseError."""
-        text = self.decode(ids)
+        runs = groupby(ids, self._markup.__contains__)
+        text = "".join(self.decode(r) if markup else self.decode(r).replace("<", _LESS) for markup, (*r,) in runs)
         if not text.endswith(EOS):
             raise ParseError("unfinished", "no end of turn within the token limit")
         text = text.removesuffix(EOS)
@@ -181,7 +193,7 @@ class Chat:
         calls = tuple(_parse_call(block, tools) for block in blocks)
         if END_CALL in content or (calls and any(t in content for t in (KEY, VALUE))):
             raise ParseError("bad_call", f"{END_CALL} without {CALL}")
-        return Message(role="assistant", content=content.strip(), thinking=thought.strip(), tool_calls=calls)
+        return Message(role="assistant", content=_plain(content.strip()), thinking=_plain(thought.strip()), tool_calls=calls)
 
 
 def _begin(thinking: bool) -> list[str]:
@@ -215,17 +227,17 @@ def _parse_call(block: str, tools: Sequence[Tool]) -> ToolCall:
     for match in _ARGUMENT.finditer(body, position):
         if match.start() != position:
             break
-        key, value, position = match["key"], match["value"], match.end()
+        key, value, position = _plain(match["key"]), _plain(match["value"]), match.end()
         if key in arguments:
             raise ParseError("bad_argument", f"{key} twice")
         arguments[key] = value if types.get(key, "string") == "string" else _from_json(key, value)
     if position != len(body):
         raise ParseError("bad_argument", f"cannot read {body[position : position + 40]!r}")
-    return ToolCall(name=name, arguments=arguments)
+    return ToolCall(name=_plain(name), arguments=arguments)
 
 
 def _from_json(key: str, value: str) -> Any:
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ParseError("bad_argument", f"{key} is not JSON: {value[:40]!r}") from error

@@ -109,15 +109,21 @@ class Loop:
         return {"finished": sorted(self.finished), "accepted": trained, "trainer": self.trainer.state()}
 
     async def run(self) -> None:
-        """Train until ``config.steps`` versions exist."""
+        """Train until ``config.steps`` versions exist. Raises what first went wrong in any coroutine, as it is."""
         if self.trainer.version >= self.config.steps:
             return
         await self.engine.load(self.trainer.publish())
-        async with asyncio.TaskGroup() as tasks:
-            helpers = [tasks.create_task(self._produce(tasks)), tasks.create_task(self._collect())]
-            await self._learn()
-            for helper in [*helpers, *self._running]:
-                helper.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                helpers = [tasks.create_task(self._produce(tasks)), tasks.create_task(self._collect())]
+                await self._learn()
+                for helper in [*helpers, *self._running]:
+                    helper.cancel()
+        except BaseExceptionGroup as group:
+            first, *others = _leaves(group)
+            for other in others:
+                log.error("%s: then also %s: %s", self.name, type(other).__name__, other)
+            raise first from None
 
     async def _until(self, ready: Callable[[], bool], what: str) -> None:
         """Wait until ``ready()``; bounded and named."""
@@ -160,8 +166,9 @@ class Loop:
     async def _group(self, number: int, kept: list[Rollout]) -> None:
         task, taken = self.task(number), {int(r.id.rsplit("/", 1)[1].split(".")[0]) for r in kept}
         missing = [i for i in range(self.config.group_size) if i not in taken]
-        made = await asyncio.gather(*(self._one(task, number, index) for index in missing))
-        rollouts = sorted([*kept, *made], key=lambda r: r.id)
+        async with asyncio.TaskGroup() as episodes:  # not gather, which would leave the others behind on an error
+            made = [episodes.create_task(self._one(task, number, index)) for index in missing]
+        rollouts = sorted([*kept, *(m.result() for m in made)], key=lambda r: r.id)
         self._arrived.append(Group(number=number, rollouts=rollouts))
         self._running.discard(asyncio.current_task())  # pyright: ignore[reportArgumentType]
         await self._notify()
@@ -244,6 +251,11 @@ class Loop:
             self._accepted -= 1
             self._drop(group, "dropped_stale")
         return len(self._shelf) >= self.config.groups_per_step
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The errors in a group of groups, in the order in which they came."""
+    return [e for x in group.exceptions for e in (_leaves(x) if isinstance(x, BaseExceptionGroup) else [x])]
 
 
 def _breaker(name: str, group: Group, count: int) -> str:

@@ -70,7 +70,8 @@ class Trainer:
         Returns means over the trained tokens. With no trained token at all the weights stay as they are. Raises
         FloatingPointError on a gradient that is not finite, before the optimizer sees it."""
         parts = self.config.updates_per_batch
-        ordered = sorted(samples, key=lambda s: s.rollout)
+        # Without trained tokens there is no gradient, and a step on none would still move by momentum and decay.
+        ordered = sorted((s for s in samples if any(s.sampled[1:])), key=lambda s: s.rollout)
         groups = [pack(ordered[i::parts], self.config.tokens_per_micro_batch) for i in range(parts)]
         prox: list[list[Tensor | None]] = [[None] * len(g) for g in groups]
         if parts > 1 and isinstance(self.loss, ClippedLoss):
@@ -83,7 +84,7 @@ class Trainer:
             for batch, reference in zip(batches, proximal, strict=True):
                 self._accumulate(batch, reference, num_rollouts / parts, totals)
             norms.append(self._update())
-        tokens = max(1.0, totals.pop("tokens"))
+        tokens = totals.pop("tokens")
         means = {k: v / tokens for k, v in totals.items()}
         rate = float(self.schedule.get_last_lr()[0])
         return {**means, "tokens": tokens, "grad_norm": max(norms, default=0.0), "lr": rate}

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import multiprocessing
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class LocalEngine:
         self._outbox: list[worker.Request] = []
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closed = False
+        self._end = "the engine is closed"
         asyncio.get_running_loop().add_reader(pipe.fileno(), self._receive)
 
     @classmethod
@@ -43,11 +45,17 @@ class LocalEngine:
         process.start()
         there.close()
         engine = cls(process, here, timeout_s)
-        await engine._wait(engine._ready, "the engine to start")
+        try:
+            await engine._wait(engine._ready, "the engine to start")
+        except BaseException:
+            await engine.close()
+            raise
         return engine
 
     async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
-        """See the protocol. Empty with finish ``length`` if the context leaves no room."""
+        """See the protocol. Empty with finish ``length`` if the context leaves no room. Raises ValueError for no ids."""
+        if not ids:
+            raise ValueError("nothing to continue: ids is empty")
         key = next(self._keys)
         future = self._expect(key)
         if not self._outbox:
@@ -68,10 +76,8 @@ class LocalEngine:
             return
         self._closed = True
         asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-        try:
+        with suppress(OSError):  # already dead
             self._pipe.send(("close",))
-        except OSError:
-            pass  # already dead
         self._fail("the engine was closed")
         self._pipe.close()
         await asyncio.to_thread(self._process.join, 5)
@@ -81,7 +87,7 @@ class LocalEngine:
 
     def _expect(self, key: int) -> asyncio.Future[Any]:
         if self._closed:
-            raise EngineError("the engine is closed")
+            raise EngineError(self._end)
         future = asyncio.get_running_loop().create_future()
         self._waiting[key] = future
         return future
@@ -127,10 +133,14 @@ class LocalEngine:
             future.set_result(value)
 
     def _died(self) -> None:
+        if self._closed:
+            return
         asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._closed = True
+        self._pipe.close()
         self._process.join(1)
-        self._fail(f"the engine process died with exit code {self._process.exitcode}; its last words are on stderr")
+        self._end = f"the engine process died with exit code {self._process.exitcode}; its last words are on stderr"
+        self._fail(self._end)
 
     def _fail(self, text: str) -> None:
         for future in [self._ready, *self._waiting.values()]:

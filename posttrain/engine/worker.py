@@ -59,6 +59,9 @@ class Scheduler:
     """Continuous batching over a ``SlotCache``. Deterministic: the same calls give the same tokens."""
 
     def __init__(self, model: nn.Module, num_slots: int, max_context: int) -> None:
+        window = getattr(model.config, "sliding_window", None)
+        if window is not None and window < max_context:
+            raise ValueError(f"attention over a sliding window of {window} tokens is not implemented: set max_context to at most that")
         self.model, self.max_context = model.eval(), max_context
         self.cache = SlotCache(num_slots, max_context)
         self.slots = [Slot(index=i) for i in range(num_slots)]
@@ -91,7 +94,7 @@ class Scheduler:
         batch: list[tuple[Slot, int]] = []
         while self.pending and self.free:
             request = self.pending.popleft()
-            if len(request.ids) + 1 > self.max_context:
+            if len(request.ids) + 1 > self.max_context or request.sampling.max_tokens < 1:
                 self.done.append((request.id, Completion(ids=(), logprobs=(), versions=(), finish="length")))
                 continue
             slot, known = self._choose(request)
@@ -180,9 +183,11 @@ class Scheduler:
             positions_BT[row, :n] = columns_BT[row, :n] = torch.arange(stop - n, stop)
             end = max(end, stop)
         visible = min(-(-end // _COLUMN_STEP) * _COLUMN_STEP, self.cache.max_columns)
-        mask_B1TS = torch.arange(visible) <= positions_BT[:, None, :, None]
+        hidden_B1TS = torch.arange(visible) > positions_BT[:, None, :, None]
+        # Additive, because transformers' eager attention adds whatever mask it is given.
+        mask_B1TS = torch.zeros(hidden_B1TS.shape).masked_fill_(hidden_B1TS, torch.finfo(torch.float32).min)
         rows_B = torch.tensor([s.index for s in slots])
-        self.cache.place(rows_B, columns_BT, visible, bool(slots[0].index == 0 and slots[-1].index == len(slots) - 1))
+        self.cache.place(rows_B, columns_BT, visible, all(s.index == row for row, s in enumerate(slots)))
         out = self.model(
             input_ids=ids_BT,
             attention_mask=mask_B1TS,

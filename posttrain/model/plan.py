@@ -69,7 +69,9 @@ def make_plan(
                 f"({shape.batch}, {columns}), or 4-D [batch, 1, tokens, columns]"
             )
         real_BS = attention_mask.to(device=shape.device, dtype=torch.bool)
-        attention_mask = None if real_BS.all() else real_BS
+        # Padding at the right of an uncached row is hidden from every real token by causality alone.
+        needless = real_BS.all() or (cache is None and not (real_BS[:, 1:] & ~real_BS[:, :-1]).any())
+        attention_mask = None if needless else real_BS
     absorbed = _choose(config, path, shape.tokens, shape.past + shape.tokens, shape.past > 0)
     allowed = _allowed(shape, attention_mask, position_ids, absorbed)
     attention = AttentionPlan(

@@ -1,0 +1,102 @@
+"""Packing: every sample once, within the budget, as it was."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posttrain.batch import Batch, pack
+from posttrain.types import Sample
+
+
+def made(index: int, length: int, teacher: bool = False) -> Sample:
+    """Values that name their sample and position."""
+    values = tuple(100.0 * index + t for t in range(length))
+    return Sample(
+        rollout=f"g/{index:04d}",
+        domain="agent",
+        ids=tuple(1000 * (index + 1) + t for t in range(length)),
+        sampled=tuple(t % 2 == 0 for t in range(length)),
+        logprobs=tuple(-v for v in values),
+        advantages=tuple(2 * v for v in values),
+        teacher_logprobs=tuple(-3 * v for v in values) if teacher else None,
+    )
+
+
+def rows(batch: Batch, length: dict[int, int]) -> dict[int, tuple[list[int], list[bool], list[float], list[float]]]:
+    """By sample, its tokens as packed, the padding checked and cut off."""
+    out = {}
+    for ids, sampled, behaviour, advantages in zip(
+        batch.ids_BT, batch.sampled_BT, batch.behaviour_BT, batch.advantages_BT, strict=True
+    ):
+        index = int(ids[0]) // 1000 - 1
+        n = length[index]
+        for tensor in (ids, sampled, behaviour, advantages):
+            assert not tensor[n:].any(), "padding is 0 and never trained"
+        out[index] = (ids[:n].tolist(), sampled[:n].tolist(), behaviour[:n].tolist(), advantages[:n].tolist())
+    return out
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 200))
+def test_every_sample_once_as_it_was_and_within_the_budget(lengths: list[int], budget: int) -> None:
+    samples = [made(i, n) for i, n in enumerate(lengths)]
+    batches = pack(samples, budget)
+    seen: dict[int, object] = {}
+    for batch in batches:
+        count, width = batch.ids_BT.shape
+        assert count * width <= budget or count == 1
+        found = rows(batch, dict(enumerate(lengths)))
+        assert len(found) == count and not seen.keys() & found.keys()
+        assert width == max(lengths[i] for i in found)
+        seen |= found
+    for i, s in enumerate(samples):
+        trained = [False, *s.sampled[1:]]
+        assert seen[i] == (list(s.ids), trained, list(s.logprobs), list(s.advantages))
+    assert len(seen) == len(samples)
+
+
+@settings(max_examples=20)
+@given(st.permutations(list(range(9))))
+def test_the_order_of_samples_does_not_matter(order: list[int]) -> None:
+    samples = [made(i, 3 + i % 3) for i in range(9)]
+    for ours, theirs in zip(pack(samples, 20), pack([samples[i] for i in order], 20), strict=True):
+        assert torch.equal(ours.ids_BT, theirs.ids_BT)
+
+
+def test_contents_by_hand() -> None:
+    (batch,) = pack([made(0, 2, teacher=True), made(1, 3, teacher=True)], 6)
+    assert batch.ids_BT.tolist() == [[2000, 2001, 2002], [1000, 1001, 0]]
+    # Position 0 is marked as sampled in the sample and is not trained: nothing comes before it.
+    assert batch.sampled_BT.tolist() == [[False, False, True], [False, False, False]]
+    assert batch.behaviour_BT.tolist() == [[-100, -101, -102], [0, -1, 0]]
+    assert batch.advantages_BT.tolist() == [[200, 202, 204], [0, 2, 0]]
+    assert batch.teacher_BT is not None
+    assert batch.teacher_BT.tolist() == [[-300, -303, -306], [0, -3, 0]]
+    assert (batch.ids_BT.dtype, batch.sampled_BT.dtype, batch.teacher_BT.dtype) == (
+        torch.int64,
+        torch.bool,
+        torch.float32,
+    )
+
+
+def test_the_budget_counts_padding() -> None:
+    """Lengths 5, 5, 2: two of 5 fill a budget of 10; the third would cost 5 more, not 2."""
+    samples = [made(0, 2), made(1, 5), made(2, 5)]
+    assert [tuple(b.ids_BT.shape) for b in pack(samples, 14)] == [(2, 5), (1, 2)]
+    assert [tuple(b.ids_BT.shape) for b in pack(samples, 15)] == [(3, 5)]
+    assert [tuple(b.ids_BT.shape) for b in pack(samples, 1)] == [(1, 5), (1, 5), (1, 2)]
+
+
+def test_nothing_makes_nothing_and_a_missing_teacher_is_none() -> None:
+    assert pack([], 10) == []
+    (batch,) = pack([made(0, 3, teacher=True), made(1, 3)], 10)
+    assert batch.teacher_BT is None
+
+
+def test_to_moves_every_tensor() -> None:
+    (batch,) = pack([made(0, 3, teacher=True)], 10)
+    moved = batch.to(torch.device("meta"))
+    for name in ("ids_BT", "sampled_BT", "behaviour_BT", "advantages_BT", "teacher_BT"):
+        assert getattr(moved, name).is_meta, name
