@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from posttrain.types import (
     Task,
     ToolCall,
 )
+
+log = logging.getLogger(__name__)
 
 Scorer = Callable[[Rollout, float], Score]
 
@@ -95,9 +98,20 @@ async def run_episode(
             return replace(finished, score=score(finished, outcome))
     except EpisodeError as error:
         return rollout(_STOP_OF[error.culprit], Failure(culprit=error.culprit, message=str(error)))
+    except ToolError as error:  # raised where no tool was called: the world's mistake
+        return rollout(StopReason.INFRASTRUCTURE, Failure(culprit=Culprit.WORLD, message=f"ToolError: {error}"))
     finally:
         if session is not None:
+            await _close(session, rollout_id)
+
+
+async def _close(session: Session, rollout_id: str) -> None:
+    """Close, even if the caller is cancelled meanwhile. What the episode came to does not change by a failure here."""
+    try:
+        with boundary(Culprit.WORLD):
             await asyncio.shield(session.close())
+    except (EpisodeError, ToolError) as error:
+        log.warning("%s: its session could not be closed (%s: %s)", rollout_id, error.__class__.__name__, error)
 
 
 async def _converse(

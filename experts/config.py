@@ -21,10 +21,14 @@ class ColdStartConfig(Config):
     """Name of a world to its weight among the conversations; 1 for a world that is not named."""
     steps: Annotated[int, Field(gt=0)] = 400
     """Optimizer steps."""
+    clean_steps: Annotated[int, Field(ge=0)] = 0
+    """The first of them, in which only good habits are shown: skill first, then the mixture of habits."""
     batch_size: Annotated[int, Field(gt=0)] = 64
     """Conversations a step."""
     micro_batches: Annotated[int, Field(gt=0)] = 4
     """Forwards a step is split into, by length; must divide ``batch_size``."""
+    processes: Annotated[int, Field(gt=0)] = 1
+    """Data-parallel processes; must divide ``micro_batches``."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate, decayed by a cosine."""
     lr_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict[str, float])
@@ -35,8 +39,8 @@ class ColdStartConfig(Config):
     """AdamW decay."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
-    threads: Annotated[int, Field(gt=0)] = 2
-    """CPU threads."""
+    threads: Annotated[int, Field(gt=0)] = 1
+    """CPU threads of each process."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 100
     """Steps between two checkpoints."""
 
@@ -44,6 +48,10 @@ class ColdStartConfig(Config):
     def _divides(self) -> ColdStartConfig:
         if self.batch_size % self.micro_batches:
             raise ValueError(f"micro_batches: {self.micro_batches} does not divide batch_size {self.batch_size}")
+        if self.micro_batches % self.processes:
+            raise ValueError(f"processes: {self.processes} does not divide micro_batches {self.micro_batches}")
+        if self.clean_steps > self.steps:
+            raise ValueError(f"clean_steps: {self.clean_steps} is more than steps, {self.steps}")
         return self
 
 

@@ -1,4 +1,4 @@
-"""One policy on held-out tasks: outcomes, not shaped rewards. What could not be judged is tried again, then reported."""
+"""One policy on held-out tasks: outcomes, not shaped rewards. What cannot be judged is tried again, then reported."""
 
 from __future__ import annotations
 

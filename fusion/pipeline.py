@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.progress import Progress
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from envs.worlds import make_world
 from experts import cold_start
 from experts.config import ExpertConfig
 from experts.credit import GroupCredit
+from experts.demonstrations import dataset, demonstrations, encode, texts
 from experts.evaluate import evaluate, held_out, record
 from experts.rollouts import Player
 from experts.tasks import TaskStream
@@ -93,32 +96,42 @@ class Pipeline:
         c, folder = self.config, self.run.checkpoint("base")
         assert c.cold_start is not None
         seed = derive_seed(c.seed, "base") % 2**32
-        demos = await cold_start.demonstrations(self.worlds, c.cold_start, seed)
-        torch.manual_seed(seed)
-        if isinstance(c.model, Longcat2Model):
-            tokenizer = train_tokenizer(cold_start.texts(demos), c.model.vocab_size)
-            # The tokenizer puts its special tokens first, in this order.
-            settings = {**c.model.settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-            model = Longcat2ForCausalLM(Longcat2Config(vocab_size=c.model.vocab_size, **settings))
-        else:
-            from transformers import AutoModelForCausalLM
-
-            tokenizer = AutoTokenizer.from_pretrained(c.model.path)
-            model = AutoModelForCausalLM.from_pretrained(c.model.path, dtype=torch.float32)
-        data = cold_start.dataset(demos, Chat(tokenizer), c.cold_start, seed)
+        start, work = folder / "start", folder / "work"
+        data = await self._demonstrations(start, seed)
         bar = self.progress.add_task("base", total=c.cold_start.steps)
         history = await asyncio.to_thread(
-            cold_start.train, model, tokenizer, data, c.cold_start, folder / "trainer", seed,
-            lambda step: self.progress.update(bar, completed=step),
-        )  # fmt: skip
+            cold_start.train, start, data, c.cold_start, work, seed, lambda n: self.progress.update(bar, completed=n)
+        )
         self.metrics.rewind("cold_start", -1)
         for entry in history:
             values = {k: float(v) for k, v in entry.items() if k not in ("step", "epoch")}
             self.metrics.log(int(entry["step"]), "cold_start", values)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        remove(folder / "trainer")
+        for file in (work / "model").iterdir():
+            os.replace(file, folder / file.name)
+        for done in (start, work):
+            remove(done)
         return [folder / "config.json"]
+
+    async def _demonstrations(self, start: Path, seed: int) -> Dataset:
+        """Rows to train on; puts the untrained model and its tokenizer into ``start``."""
+        c = self.config
+        assert c.cold_start is not None
+        good = {n: make_world(w.model_copy(update={"habit": 1.0}), n) for n, w in c.worlds.items()}
+        clean = await demonstrations(good, c.cold_start, seed) if c.cold_start.clean_steps else []
+        mixed = await demonstrations(self.worlds, c.cold_start, seed)
+        torch.manual_seed(seed)
+        if isinstance(c.model, Longcat2Model):
+            tokenizer = train_tokenizer(texts(mixed), c.model.vocab_size)
+            # The tokenizer puts its special tokens first, in this order.
+            settings = {**c.model.settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+            model = Longcat2ForCausalLM(Longcat2Config(vocab_size=c.model.vocab_size, **settings))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(c.model.path)
+            model = AutoModelForCausalLM.from_pretrained(c.model.path, dtype=torch.float32)
+        model.save_pretrained(start)
+        tokenizer.save_pretrained(start)
+        chat = Chat(tokenizer)
+        return dataset(encode(clean, chat), encode(mixed, chat), c.cold_start, seed)
 
     def _player(self, base: Path, reward: RewardConfig, temperature: float = 1.0) -> Player:
         return Player(self.worlds, Chat(AutoTokenizer.from_pretrained(base)), reward, temperature)

@@ -56,7 +56,7 @@ class ParseError(ValueError):
     """A malformed assistant turn. ``name`` is one of: unfinished, open_think, open_call, bad_call, bad_argument."""
 
     def __init__(self, name: str, detail: str) -> None:
-        super().__init__(f"{name}: {_plain(detail)}")
+        super().__init__(f"{name}: {detail}")
         self.name = name
 
 
@@ -151,7 +151,8 @@ class Chat:
     def segments(
         self, prompt: Sequence[Message], rest: Sequence[Message], tools: Sequence[Tool], thinking: bool
     ) -> list[Segment]:
-        """A whole written conversation, assistant turns marked as sampled (with log-prob 0 and version 0)."""
+        """A whole written conversation, assistant turns marked as sampled (with log-prob 0 and version 0). ``rest``
+        begins with an assistant turn; what comes after the last one is left out."""
         out = [Segment.given(self.opening(prompt, tools, thinking))]
         given: list[Message] = []
         for message in rest:
@@ -193,7 +194,8 @@ class Chat:
         calls = tuple(_parse_call(block, tools) for block in blocks)
         if END_CALL in content or (calls and any(t in content for t in (KEY, VALUE))):
             raise ParseError("bad_call", f"{END_CALL} without {CALL}")
-        return Message(role="assistant", content=_plain(content.strip()), thinking=_plain(thought.strip()), tool_calls=calls)
+        content, thought = _plain(content.strip()), _plain(thought.strip())
+        return Message(role="assistant", content=content, thinking=thought, tool_calls=calls)
 
 
 def _begin(thinking: bool) -> list[str]:
@@ -220,7 +222,7 @@ def _parse_call(block: str, tools: Sequence[Tool]) -> ToolCall:
         raise ParseError("bad_call", "text after a call")
     name = body.split("\n", 1)[0]
     if not name or "<" in name:
-        raise ParseError("bad_call", f"not a tool name: {name[:40]!r}")
+        raise ParseError("bad_call", f"not a tool name: {_plain(name)[:40]!r}")
     types = next((t.parameters for t in tools if t.name == name), {})
     arguments: dict[str, Any] = {}
     position = len(name)
@@ -232,7 +234,7 @@ def _parse_call(block: str, tools: Sequence[Tool]) -> ToolCall:
             raise ParseError("bad_argument", f"{key} twice")
         arguments[key] = value if types.get(key, "string") == "string" else _from_json(key, value)
     if position != len(body):
-        raise ParseError("bad_argument", f"cannot read {body[position : position + 40]!r}")
+        raise ParseError("bad_argument", f"cannot read {_plain(body)[position : position + 40]!r}")
     return ToolCall(name=_plain(name), arguments=arguments)
 
 

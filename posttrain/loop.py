@@ -13,7 +13,9 @@ so what is trained at ``version`` started at ``version - K`` or later. ``max_sta
 groups start B at a time, the engine is asked in lockstep, and a run repeats bit for bit.
 
 Every rollout is journalled when it arrives, before anything may drop it. A group whose number is not in the
-checkpoint's ``finished`` is run again after a kill, with the journalled rollouts of it taken as they are.
+checkpoint's ``finished`` is run again after a kill, with the journalled rollouts of it taken as they are. In
+synchronous mode that goes for whole batches: the last bits of a log-prob depend on who shared its forward, so a batch
+of groups that the kill cut short is sampled again, and comes out the same.
 """
 
 from __future__ import annotations
@@ -99,9 +101,9 @@ class Loop:
         """Continue from a checkpoint's state (see ``_state``) and everything the journal holds."""
         self.finished = set(state["finished"])
         self._accepted = state["accepted"]
-        for rollout in journalled:
-            number = int(rollout.group.rsplit("/", 1)[1])
-            if number not in self.finished and rollout.valid:
+        latest = {(int(r.group.rsplit("/", 1)[1]), _index(r)): r for r in journalled if r.valid}
+        for (number, _), rollout in latest.items():
+            if number not in self.finished:
                 self.kept.setdefault(number, []).append(rollout)
 
     def _state(self) -> dict[str, Any]:
@@ -152,19 +154,25 @@ class Loop:
     async def _produce(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             await self._until(lambda: self._slots() > 0, "an admission slot")
-            for _ in range(self._slots()):
-                while self._next in self.finished:
-                    self._next += 1
-                number, self._next = self._next, self._next + 1
-                kept = self.kept.pop(number, [])[: self.config.group_size]
+            batch = [self._claim() for _ in range(self._slots())]
+            cut_short = any(len(kept) < self.config.group_size for _, kept in batch)
+            for number, kept in batch:
                 if isinstance(self.engine, Lockstep):
+                    kept = [] if cut_short else kept
                     self.engine.enter(self.config.group_size - len(kept))
                 running = tasks.create_task(self._group(number, kept), name=f"{self.name}/{number}")
                 self._running.add(running)
                 running.add_done_callback(self._running.discard)
 
+    def _claim(self) -> tuple[int, list[Rollout]]:
+        """Number of the next group to start, and what the journal held of it."""
+        while self._next in self.finished:
+            self._next += 1
+        number, self._next = self._next, self._next + 1
+        return number, self.kept.pop(number, [])
+
     async def _group(self, number: int, kept: list[Rollout]) -> None:
-        task, taken = self.task(number), {int(r.id.rsplit("/", 1)[1].split(".")[0]) for r in kept}
+        task, taken = self.task(number), {_index(r) for r in kept}
         missing = [i for i in range(self.config.group_size) if i not in taken]
         async with asyncio.TaskGroup() as episodes:  # not gather, which would leave the others behind on an error
             made = [episodes.create_task(self._one(task, number, index)) for index in missing]
@@ -251,6 +259,11 @@ class Loop:
             self._accepted -= 1
             self._drop(group, "dropped_stale")
         return len(self._shelf) >= self.config.groups_per_step
+
+
+def _index(rollout: Rollout) -> int:
+    """Place of the rollout in its group, whichever attempt it is."""
+    return int(rollout.id.rsplit("/", 1)[1].split(".")[0])
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

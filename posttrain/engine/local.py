@@ -53,7 +53,7 @@ class LocalEngine:
         return engine
 
     async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
-        """See the protocol. Empty with finish ``length`` if the context leaves no room. Raises ValueError for no ids."""
+        """See the protocol. Empty with finish ``length`` if the context leaves no room. ValueError: ``ids`` is empty."""
         if not ids:
             raise ValueError("nothing to continue: ids is empty")
         key = next(self._keys)

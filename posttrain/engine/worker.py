@@ -61,7 +61,7 @@ class Scheduler:
     def __init__(self, model: nn.Module, num_slots: int, max_context: int) -> None:
         window = getattr(model.config, "sliding_window", None)
         if window is not None and window < max_context:
-            raise ValueError(f"attention over a sliding window of {window} tokens is not implemented: set max_context to at most that")
+            raise ValueError(f"sliding-window attention is not implemented: set max_context to at most {window}")
         self.model, self.max_context = model.eval(), max_context
         self.cache = SlotCache(num_slots, max_context)
         self.slots = [Slot(index=i) for i in range(num_slots)]

@@ -43,7 +43,9 @@ TASK = Task(
 )
 
 
-def sample(rollout: str, length: int = 8, advantage: float = 1.0, seed: int = 0, prompt: int = 3, **changes: Any) -> Sample:
+def sample(
+    rollout: str, length: int = 8, advantage: float = 1.0, seed: int = 0, prompt: int = 3, **changes: Any
+) -> Sample:
     """Random ids, all trained but the first ``prompt``."""
     generator = torch.Generator().manual_seed(seed)
     sampled = tuple(t >= prompt for t in range(length))
@@ -67,7 +69,10 @@ def plain_logprobs(model: torch.nn.Module, ids: Sequence[int]) -> list[float]:
 
 
 def make_trainer(
-    model: Longcat2ForCausalLM | None = None, loss: ClippedLoss | DistillLoss | None = None, steps: int = 8, **config: Any
+    model: Longcat2ForCausalLM | None = None,
+    loss: ClippedLoss | DistillLoss | None = None,
+    steps: int = 8,
+    **config: Any,
 ) -> Trainer:
     """A trainer of a tiny model."""
     settings = TrainerConfig(**{"lr": 1e-2, "warmup_steps": 0, **config})

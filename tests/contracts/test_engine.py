@@ -1,0 +1,277 @@
+"""What every engine must hold, whatever model it serves. The first test is the one that RL cannot live without."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from transformers import PreTrainedModel
+
+from posttrain.engine.local import LocalEngine
+from posttrain.errors import EngineError
+from posttrain.protocols import Engine
+from posttrain.settings import LoraConfig, TrainerConfig
+from posttrain.trainer import Trainer
+from posttrain.types import Completion, Sampling, Weights
+from posttrain.weights import SHM, SharedWeights, state_of
+from tests.posttrain.tiny import VOCAB, all_logprobs, make_ids, make_model, next_logprobs, trainer_gap, trainer_of
+
+SLOTS, MAX_CONTEXT = 8, 240
+TOLERANCE = 1e-4
+
+Start = Callable[[Path], Coroutine[Any, Any, Engine]]
+
+
+async def start_local(folder: Path) -> Engine:
+    return await LocalEngine.start(folder, slots=SLOTS, max_context=MAX_CONTEXT, timeout_s=120)
+
+
+STARTS: dict[str, Start] = {"local": start_local}
+KINDS = ("longcat2", "llama", "qwen3")
+
+
+@dataclass
+class Bench:
+    """An engine, and the weights that it has now."""
+
+    runner: asyncio.Runner
+    engine: Engine
+    kind: str
+    folder: Path
+    model: PreTrainedModel
+    version: int = 0
+
+    def trainer(self) -> Trainer:
+        return trainer_of(self.model)
+
+    def run(self, *requests: tuple[tuple[int, ...], Sampling]) -> list[Completion]:
+        """All at once."""
+
+        async def together() -> list[Completion]:
+            return await asyncio.gather(*(self.engine.generate(ids, sampling) for ids, sampling in requests))
+
+        return self.runner.run(together())
+
+    def load(self, model: PreTrainedModel, where: str) -> None:
+        self.runner.run(self.engine.load(Weights(version=self.version + 1, where=where)))
+        self.model, self.version = model, self.version + 1
+
+
+@pytest.fixture(scope="module", params=[(s, k) for s in STARTS for k in KINDS], ids=lambda p: "-".join(p))
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """One engine for all tests of a model; a test that loads weights keeps ``model`` and ``version`` true."""
+    start, kind = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    model = make_model(kind)
+    model.save_pretrained(folder)
+    with asyncio.Runner() as runner:
+        engine = runner.run(STARTS[start](folder))
+        yield Bench(runner=runner, engine=engine, kind=kind, folder=folder, model=model)
+        runner.run(engine.close())
+
+
+def test_is_an_engine(bench: Bench) -> None:
+    assert isinstance(bench.engine, Engine)
+
+
+async def _conversation(engine: Engine, rng: Random, seed: int) -> list[tuple[tuple[int, ...], Completion]]:
+    """Three turns: every prompt is the context so far and what somebody else added."""
+    ids, turns = make_ids(rng, rng.randint(1, 60)), list[tuple[tuple[int, ...], Completion]]()
+    for turn in range(3):
+        sampling = Sampling(max_tokens=rng.randint(1, 30), seed=seed + turn)
+        turns.append((ids, await engine.generate(ids, sampling)))
+        ids = (*ids, *turns[-1][1].ids, *make_ids(rng, rng.randint(1, 12)))
+    return turns
+
+
+def test_logprobs_equal_the_trainers(bench: Bench) -> None:
+    """Conversations of all lengths side by side, more than there are slots, and groups of one prompt."""
+    prompts = [make_ids(Random(n), n) for n in (40, 7)]
+
+    async def crowd() -> list[tuple[tuple[int, ...], Completion]]:
+        talks = asyncio.gather(*(_conversation(bench.engine, Random(i), 10 * i) for i in range(3 * SLOTS)))
+        asked = [(p, Sampling(max_tokens=20, seed=1000 + i)) for p in prompts for i in range(SLOTS)]
+        groups = await asyncio.gather(*(bench.engine.generate(p, s) for p, s in asked))
+        return [t for talk in await talks for t in talk] + [(p, c) for (p, _), c in zip(asked, groups, strict=True)]
+
+    pairs = bench.runner.run(crowd())
+    gap = trainer_gap(bench.trainer(), pairs)
+    tokens = sum(len(c.ids) for _, c in pairs)
+    print(f"{bench.kind}: max |engine - trainer| = {gap:.2e} over {tokens} tokens of {len(pairs)} completions")
+    assert tokens > 1000
+    assert gap < TOLERANCE
+
+
+def test_a_request_gives_the_same_tokens_alone_and_in_a_crowd(bench: Bench) -> None:
+    request = (make_ids(Random(5), 23), Sampling(max_tokens=25, seed=77))
+    others = [(make_ids(Random(i), 3 + 5 * i), Sampling(max_tokens=5 + i, seed=i)) for i in range(20)]
+    (alone,) = bench.run(request)
+    crowd = bench.run(*others[:9], request, *others[9:])
+    assert crowd[9].ids == alone.ids
+    assert crowd[9].logprobs == pytest.approx(alone.logprobs, abs=TOLERANCE)
+
+
+def test_more_requests_than_slots_all_end_with_their_own_answer(bench: Bench) -> None:
+    requests = [(make_ids(Random(i), 1 + i % 17), Sampling(max_tokens=1 + i % 7, seed=i)) for i in range(5 * SLOTS)]
+    completions = bench.run(*requests)
+    assert [len(c.ids) for c in completions] == [s.max_tokens for _, s in requests]
+    assert trainer_gap(bench.trainer(), [(r[0], c) for r, c in zip(requests, completions, strict=True)]) < TOLERANCE
+
+
+def test_temperature_zero_takes_the_most_likely_token(bench: Bench) -> None:
+    prompts = [make_ids(Random(i), 4 + 9 * i) for i in range(6)]
+    completions = bench.run(*[(p, Sampling(temperature=0, max_tokens=20)) for p in prompts])
+    for prompt, completion in zip(prompts, completions, strict=True):
+        best = all_logprobs(bench.model, (*prompt, *completion.ids))[len(prompt) - 1 : -1].max(dim=-1)
+        assert completion.ids == tuple(best.indices.tolist())
+        assert completion.logprobs == pytest.approx(best.values.tolist(), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampled_frequencies_match_the_distribution(bench: Bench, temperature: float) -> None:
+    prompt, n = make_ids(Random(3), 12), 2000
+    completions = bench.run(
+        *[(prompt, Sampling(temperature=temperature, max_tokens=1, seed=i)) for i in range(n)],
+    )
+    want_V = next_logprobs(bench.model, prompt, temperature)
+    assert all(abs(c.logprobs[0] - want_V[c.ids[0]].item()) < TOLERANCE for c in completions)
+    counts_V = np.bincount([c.ids[0] for c in completions], minlength=VOCAB)
+    expected_V = want_V.double().exp().numpy() * n
+    often_V = expected_V >= 5
+    seen = np.append(counts_V[often_V], counts_V[~often_V].sum())
+    expected = np.append(expected_V[often_V], expected_V[~often_V].sum())
+    assert expected.max() > 3 * n / VOCAB, "the distribution is too flat to tell anything"
+    assert scipy.stats.chisquare(seen, expected * n / expected.sum()).pvalue > 1e-3
+
+
+def test_a_stop_token_ends_a_completion_and_is_part_of_it(bench: Bench) -> None:
+    prompt, sampling = make_ids(Random(8), 15), Sampling(max_tokens=30, seed=4)
+    (free,) = bench.run((prompt, sampling))
+    end = free.ids.index(free.ids[9]) + 1
+    (stopped,) = bench.run((prompt, replace(sampling, stop_ids=(free.ids[9], VOCAB + 5))))
+    assert (stopped.ids, stopped.finish) == (free.ids[:end], "stop")
+    assert (len(free.ids), free.finish) == (30, "length")
+
+
+@pytest.mark.parametrize(
+    ("length", "max_tokens", "sampled"),
+    [(20, 7, 7), (MAX_CONTEXT - 10, 50, 10), (MAX_CONTEXT - 1, 50, 1), (MAX_CONTEXT, 5, 0), (999, 5, 0), (5, 0, 0)],
+)
+def test_the_bounds_end_a_completion_with_length(bench: Bench, length: int, max_tokens: int, sampled: int) -> None:
+    (completion,) = bench.run((make_ids(Random(1), length), Sampling(max_tokens=max_tokens)))
+    assert (len(completion.ids), completion.finish) == (sampled, "length")
+    assert len(completion.logprobs) == len(completion.versions) == sampled
+
+
+def test_nothing_to_continue_is_refused(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="ids is empty"):
+        bench.run(((), Sampling()))
+
+
+def test_a_cancelled_request_leaves_the_others_alone(bench: Bench) -> None:
+    requests = [(make_ids(Random(i), 10 + i), Sampling(max_tokens=12, seed=i)) for i in range(6)]
+    want = bench.run(*requests)
+
+    async def cancel_some() -> list[Completion]:
+        long = Sampling(max_tokens=100, seed=5)
+        doomed = [asyncio.create_task(bench.engine.generate(make_ids(Random(i), 30), long)) for i in range(4)]
+        kept = [asyncio.create_task(bench.engine.generate(*r)) for r in requests]
+        doomed[0].cancel()  # before it was sent
+        await asyncio.sleep(0.02)
+        for task in doomed:
+            task.cancel()
+        assert all(isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*doomed, return_exceptions=True))
+        return await asyncio.gather(*kept)
+
+    assert [c.ids for c in bench.runner.run(cancel_some())] == [c.ids for c in want]
+
+
+@pytest.mark.parametrize("by", ["shm", "folder"])
+def test_after_a_load_everything_comes_from_the_new_weights(bench: Bench, by: str, tmp_path: Path) -> None:
+    prompt = make_ids(Random(2), 30)
+    requests = [(prompt, Sampling(max_tokens=20, seed=i)) for i in range(4)]
+    old = bench.run(*requests)
+    model = make_model(bench.kind, seed=bench.version + 10)
+    if by == "shm":
+        shared = SharedWeights(state_of(model))
+        shared.write(state_of(model))
+        bench.load(model, SHM + shared.name)
+        shared.close()
+    else:
+        model.save_pretrained(tmp_path)
+        bench.load(model, str(tmp_path))
+    # The old contexts are continued too: their keys are of the old weights and must not be.
+    requests += [((*prompt, *c.ids, 7, 8), Sampling(max_tokens=10, seed=9)) for c in old]
+    new = bench.run(*requests)
+    assert {v for c in new for v in c.versions} == {bench.version}
+    assert trainer_gap(bench.trainer(), [(r[0], c) for r, c in zip(requests, new, strict=True)]) < TOLERANCE
+    assert [c.ids for c in new[:4]] != [c.ids for c in old]
+
+
+def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench, tmp_path: Path) -> None:
+    prompt = make_ids(Random(6), 20)
+    model = make_model(bench.kind, seed=bench.version + 10)
+    model.save_pretrained(tmp_path)
+    before = bench.version
+
+    async def span() -> Completion:
+        long = asyncio.create_task(bench.engine.generate(prompt, Sampling(max_tokens=200, seed=1)))
+        await bench.engine.generate(prompt, Sampling(max_tokens=5, seed=2))  # now the long one is under way
+        await bench.engine.load(Weights(version=before + 1, where=str(tmp_path)))
+        return await long
+
+    old_trainer, completion = bench.trainer(), bench.runner.run(span())
+    bench.model, bench.version = model, before + 1
+    count = completion.versions.count(before)
+    assert 5 <= count < 200
+    assert completion.versions == (before,) * count + (before + 1,) * (200 - count)
+    first = replace(completion, ids=completion.ids[:count], logprobs=completion.logprobs[:count])
+    assert trainer_gap(old_trainer, [(prompt, first)]) < TOLERANCE
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
+def test_what_the_trainer_publishes_is_what_the_engine_serves(bench: Bench, lora: LoraConfig | None) -> None:
+    trainer = trainer_of(make_model(bench.kind, seed=3), TrainerConfig(lora=lora))
+    for i, parameter in enumerate(p for p in trainer.model.parameters() if p.requires_grad):
+        parameter.data += 0.05 * np.sin(i + 1)
+    trainer.version = bench.version + 1
+    weights = trainer.publish()
+    bench.runner.run(bench.engine.load(weights))
+    requests = [(make_ids(Random(i), 10 + i), Sampling(max_tokens=15, seed=i)) for i in range(6)]
+    completions = bench.run(*requests)
+    assert {v for c in completions for v in c.versions} == {weights.version}
+    assert trainer_gap(trainer, [(r[0], c) for r, c in zip(requests, completions, strict=True)]) < TOLERANCE
+    trainer.close()
+    bench.load(make_model(bench.kind), str(bench.folder))
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_close_frees_everything_and_can_be_called_twice(start: Start, tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    before = set(multiprocessing.active_children())
+
+    async def scenario() -> BaseException | Completion:
+        engine = await start(tmp_path)
+        waiting = asyncio.create_task(engine.generate((5, 6), Sampling(max_tokens=200)))
+        await asyncio.sleep(0.01)
+        await engine.close()
+        await engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            await engine.generate((5, 6), Sampling())
+        with pytest.raises(EngineError, match="closed"):
+            await engine.load(Weights(version=1, where=str(tmp_path)))
+        (outcome,) = await asyncio.gather(waiting, return_exceptions=True)
+        return outcome
+
+    outcome = asyncio.run(scenario())
+    assert isinstance(outcome, EngineError)
+    assert "closed" in str(outcome)
+    assert set(multiprocessing.active_children()) == before

@@ -1,0 +1,426 @@
+"""The loop with a trainer and an engine that only keep count: admission, staleness, errors, invalid rollouts, resume."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experts.credit import samples_of
+from posttrain.loop import Group, Loop, derive_seed
+from posttrain.protocols import Engine
+from posttrain.settings import LoopConfig
+from posttrain.trainer import Trainer
+from posttrain.types import Completion, Rollout, Sample, Sampling, Task, Weights
+from tests.posttrain.small import TASK, rollout
+
+
+class Boom(Exception):
+    """What a test raises."""
+
+
+@dataclass
+class Counting:
+    """A trainer, an engine, a journal and rollouts that take random times. ``settle`` makes the loop."""
+
+    config: LoopConfig
+    latency: Callable[[], float] = lambda: 0.0
+    step_s: Callable[[], float] = lambda: 0.0
+    fails: Callable[[str], bool] = lambda rollout_id: False
+    boom: str = ""
+    version: int = 0
+    served: int = 0
+    stepped: list[tuple[int, list[Sample], int]] = field(default_factory=list)
+    trained: list[list[int]] = field(default_factory=list)
+    logged: list[dict[str, float]] = field(default_factory=list)
+    journal: list[Rollout] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    open: int = 0
+    started: set[int] = field(default_factory=set)
+    states: list[dict[str, Any]] = field(default_factory=list)
+    credited: list[list[str]] = field(default_factory=list)
+    stop_at: int = 0
+
+    def explode(self, where: str) -> None:
+        if self.boom == where:
+            raise Boom(where)
+
+    # Trainer
+
+    def step(self, samples: Sequence[Sample], num_rollouts: int) -> dict[str, float]:
+        self.explode("step")
+        time.sleep(self.step_s())
+        self.stepped.append((self.version, list(samples), num_rollouts))
+        return {"loss": 0.0}
+
+    def publish(self) -> Weights:
+        self.explode("publish")
+        return Weights(version=self.version, where="nowhere")
+
+    def state(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    # Engine
+
+    async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
+        await asyncio.sleep(self.latency())
+        return Completion(ids=(5,), logprobs=(-1.0,), versions=(self.served,), finish="stop")
+
+    async def load(self, weights: Weights) -> None:
+        self.explode("load")
+        self.served = weights.version
+        await asyncio.sleep(self.latency())
+
+    async def close(self) -> None: ...
+
+    # The rest
+
+    async def play(self, engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        self.explode("play")
+        self.asked.append(rollout_id)
+        self.open += 1
+        try:
+            turns = [await engine.generate((3, 4), Sampling(seed=seed + t)) for t in range(2)]
+        finally:
+            self.open -= 1
+        versions = [v for t in turns for v in t.versions]
+        return rollout(rollout_id, versions=versions, score=None if self.fails(rollout_id) else 1.0)
+
+    def task(self, number: int) -> Task:
+        self.explode("task")
+        self.started.add(number)
+        return TASK
+
+    def credit(self, group: Sequence[Rollout]) -> list[Sample]:
+        self.explode("credit")
+        self.credited.append([r.id for r in group])
+        return [s for r in group for s in samples_of(r, 1.0)]
+
+    def write(self, record: Rollout) -> None:
+        self.explode("journal")
+        self.journal.append(record)
+
+    def on_step(self, version: int, stats: dict[str, float], batch: Sequence[Group]) -> None:
+        self.explode("on_step")
+        assert version == self.version
+        self.trained.append([g.number for g in batch])
+        self.logged.append(stats)
+        if version == self.stop_at:
+            raise Boom("killed")
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        self.explode("checkpoint")
+        self.states.append(state)
+
+    def settle(self) -> Loop:
+        return Loop(
+            self.config, name="s", seed=1, engine=self, trainer=cast(Trainer, self), credit=self.credit, task=self.task,
+            run_rollout=self.play, journal=self, on_step=self.on_step, checkpoint=self.checkpoint,
+        )  # fmt: skip
+
+    def run(self, loop: Loop | None = None) -> Loop:
+        """Bounded, and nothing may be left behind."""
+        loop = loop or self.settle()
+
+        async def main() -> None:
+            try:
+                async with asyncio.timeout(30):
+                    await loop.run()
+            finally:
+                assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        asyncio.run(main())
+        return loop
+
+
+def config(**changes: Any) -> LoopConfig:
+    return LoopConfig(
+        **{"steps": 4, "groups_per_step": 2, "group_size": 2, "max_running": 6, "wait_s": 20.0, **changes}
+    )
+
+
+def shakes(seed: int, longest: float) -> Callable[[], float]:
+    """Random latencies, now and then a long one."""
+    rng = random.Random(seed)
+    return lambda: rng.random() * longest * (10 if rng.random() < 0.1 else 1)
+
+
+# Admission and staleness
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(0, 3),
+    b=st.integers(1, 3),
+    g=st.integers(1, 2),
+    running=st.integers(1, 9),
+    trainer_ms=st.integers(0, 4),
+)
+def test_staleness_and_admission_stay_in_bounds(
+    seed: int, k: int, b: int, g: int, running: int, trainer_ms: int
+) -> None:
+    c = config(steps=7, groups_per_step=b, group_size=g, max_running=running, max_staleness=k)
+    parts = Counting(c, latency=shakes(seed, 0.002), step_s=shakes(seed + 1, trainer_ms / 1000))
+    loop = parts.settle()
+    plain = parts.task
+
+    def task(number: int) -> Task:
+        """Called as a group starts. Started and not dropped is running plus accepted (AReaL's formula)."""
+        found = plain(number)
+        alive = len(parts.started) - int(loop._counts["dropped_stale"])
+        assert alive <= (k + parts.version + 1) * b
+        assert parts.open <= (b if k == 0 else running) * g
+        return found
+
+    loop.task = task
+    parts.run(loop)
+    assert [v for v, _, _ in parts.stepped] == list(range(7))
+    for version, samples, rollouts in parts.stepped:
+        assert rollouts == b * g == len(samples)
+        assert all(0 <= version - s.oldest_version <= k for s in samples)
+    assert max(x["staleness_max"] for x in parts.logged) <= k
+    numbers = [n for batch in parts.trained for n in batch]
+    assert len(set(numbers)) == len(numbers) == 7 * b
+    assert all(batch == sorted(batch) for batch in parts.trained)
+
+
+def test_staleness_is_counted_to_the_version_that_is_trained() -> None:
+    """B = 1, K = 2, all of one length: at a steady pace the batch of version v started at v - 2."""
+    parts = Counting(config(steps=8, groups_per_step=1, max_staleness=2, max_running=3), step_s=lambda: 0.02)
+    parts.run()
+    assert [x["staleness_max"] for x in parts.logged] == [0, 1, 2, 2, 2, 2, 2, 2]
+    assert parts.trained == [[n] for n in range(8)]
+
+
+def test_a_group_that_grew_too_old_is_dropped_and_counted() -> None:
+    """Group 0 waits until version 3 is served; K = 1 forbids training on it. Others go on meanwhile."""
+    c = config(steps=12, groups_per_step=1, group_size=1, max_staleness=1, max_running=2)
+    parts = Counting(c, step_s=lambda: 0.005)
+    plain = parts.play
+
+    async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        found = await plain(engine, task, rollout_id, group, seed)
+        while rollout_id == "s/0/0" and parts.version < 3:
+            await asyncio.sleep(0.001)
+        return found
+
+    loop = parts.settle()
+    loop.run_rollout = play
+    parts.run(loop)
+    assert parts.trained == [[n] for n in range(1, 13)]
+    assert parts.logged[-1]["dropped_stale"] == 1
+    assert 0 in loop.finished
+    assert [r.id for r in parts.journal].count("s/0/0") == 1
+
+
+def test_the_oldest_on_the_shelf_is_trained_first() -> None:
+    """B = 1, K = 2: group 2 arrives first and is taken; while the trainer is busy 1 and then 0 arrive: 0 goes first."""
+    parts = Counting(config(steps=3, groups_per_step=1, group_size=1, max_staleness=2, max_running=3))
+    free = threading.Event()
+    loop, plain, step = parts.settle(), parts.play, parts.step
+
+    def blocked(samples: Sequence[Sample], num_rollouts: int) -> dict[str, float]:
+        assert free.wait(10)
+        return step(samples, num_rollouts)
+
+    async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        number = int(group.rsplit("/", 1)[1])
+        while number < 2 and not any(r.group == f"s/{number + 1}" for r in parts.journal):
+            await asyncio.sleep(0.001)
+        if number == 0:
+            asyncio.get_running_loop().call_later(0.05, free.set)
+        return await plain(engine, task, rollout_id, group, seed)
+
+    loop.run_rollout, parts.step = play, blocked  # pyright: ignore[reportAttributeAccessIssue]
+    parts.run(loop)
+    assert parts.trained == [[2], [0], [1]]
+
+
+def test_synchronous_means_nothing_runs_while_the_trainer_steps() -> None:
+    parts = Counting(config(max_staleness=0, groups_per_step=3, max_running=1), latency=shakes(3, 0.003))
+    step = parts.step
+
+    def alone(samples: Sequence[Sample], num_rollouts: int) -> dict[str, float]:
+        assert parts.open == 0
+        return step(samples, num_rollouts)
+
+    parts.step = alone  # pyright: ignore[reportAttributeAccessIssue]
+    parts.run()
+    assert parts.trained == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert {x["staleness_max"] for x in parts.logged} == {0}
+
+
+def test_seeds_depend_on_every_part() -> None:
+    seeds = {derive_seed(s, i) for s in range(20) for i in ("s/0/0", "s/0/1", "s/1/0")}
+    assert len(seeds) == 60 and all(0 <= s < 2**63 for s in seeds)
+    assert derive_seed(1, "s/0/0") == derive_seed(1, "s/0/0")
+
+
+# Errors
+
+
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize(
+    "where", ["play", "task", "credit", "journal", "step", "publish", "load", "on_step", "checkpoint"]
+)
+def test_a_crash_anywhere_ends_the_run_with_that_error(where: str, k: int) -> None:
+    parts = Counting(config(max_staleness=k, checkpoint_every=1), latency=shakes(0, 0.001), boom=where)
+    with pytest.raises(Boom, match=where):
+        parts.run()
+    assert parts.open == 0
+
+
+def test_a_crash_ends_the_other_rollouts_of_the_group() -> None:
+    """Nothing may go on sampling or writing after ``run`` has raised."""
+    parts = Counting(config(group_size=4, max_running=1), latency=lambda: 0.02)
+    plain = parts.play
+
+    async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        if rollout_id == "s/0/2":
+            await asyncio.sleep(0.005)
+            raise Boom(rollout_id)
+        return await plain(engine, task, rollout_id, group, seed)
+
+    loop = parts.settle()
+    loop.run_rollout = play
+    with pytest.raises(Boom, match="s/0/2"):
+        parts.run(loop)
+    assert parts.open == 0 and parts.journal == []
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_wait_is_bounded_and_says_who_waits_for_what(k: int) -> None:
+    parts = Counting(config(max_staleness=k, wait_s=0.1, max_running=2), latency=lambda: 60.0)
+    loop = parts.settle()
+    parts.load = _at_once  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TimeoutError) as caught:
+        parts.run(loop)
+    assert str(caught.value) == (
+        "s: waited 0.1 s for 2 groups to train on at version 0: 2 groups running, 0 arrived, 0 on the shelf"
+    )
+
+
+async def _at_once(weights: Weights) -> None: ...
+
+
+# Invalid rollouts
+
+
+def test_an_invalid_rollout_is_tried_again_under_another_id_and_seed() -> None:
+    parts = Counting(config(), fails=lambda i: i in ("s/1/0", "s/1/0.1"))
+    parts.run()
+    ids = [r.id for r in parts.journal]
+    assert [i for i in ids if i.startswith("s/1/0")] == ["s/1/0", "s/1/0.1", "s/1/0.2"]
+    assert sorted(next(c for c in parts.credited if "s/1/1" in c)) == ["s/1/0.2", "s/1/1"]
+    assert parts.logged[-1]["retries"] == 2
+
+
+def test_what_stays_invalid_is_masked_and_a_group_with_too_few_is_replaced() -> None:
+    """Group 0 keeps 3 of 4; group 1 keeps 1 of 4, less than half, and group 4 takes its place in the second batch."""
+    broken = ("s/0/3", "s/1/0", "s/1/1", "s/1/2")
+    c = config(steps=2, group_size=4, attempts=2, max_staleness=0)
+    parts = Counting(c, fails=lambda i: i.split(".")[0] in broken)
+    loop = parts.run()
+    assert parts.trained == [[0, 2], [3, 4]]
+    assert [n for _, _, n in parts.stepped] == [7, 8]
+    assert parts.credited[0] == ["s/0/0", "s/0/1", "s/0/2"]
+    assert parts.logged[-1]["dropped_invalid"] == 1
+    assert loop.finished == {0, 1, 2, 3, 4}
+    assert len([r for r in parts.journal if not r.valid]) == 8, "each of the four was tried twice and written down"
+
+
+def test_the_breaker_trips_with_the_last_message() -> None:
+    parts = Counting(config(attempts=1, max_invalid_groups=3), fails=lambda i: int(i.split("/")[1]) > 2)
+    with pytest.raises(RuntimeError, match="s: 4 groups in a row had too few valid rollouts.*the sandbox is gone"):
+        parts.run()
+
+
+def test_the_breaker_counts_in_a_row_only() -> None:
+    parts = Counting(config(attempts=1, max_invalid_groups=1), fails=lambda i: int(i.split("/")[1]) % 2 == 1)
+    parts.run()
+    assert parts.logged[-1]["dropped_invalid"] >= 7
+
+
+# Resume
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_lost_and_nothing_trained_twice_after_a_kill(seed: int, k: int) -> None:
+    c = config(steps=9, groups_per_step=2, max_running=5, max_staleness=k, checkpoint_every=2)
+    first = Counting(c, latency=shakes(seed, 0.002), step_s=shakes(seed, 0.002), stop_at=5)
+    with pytest.raises(Boom, match="killed"):
+        first.run()
+    state = first.states[-1]
+    assert state["trainer"] == {"version": 4} and state["accepted"] == 8
+    done = {n for batch in first.trained[:4] for n in batch}
+    assert done <= set(state["finished"])
+
+    second = Counting(c, latency=shakes(seed + 9, 0.002), step_s=shakes(seed + 9, 0.002), version=4)
+    loop = second.settle()
+    loop.resume(state, first.journal)
+    kept = {r.id for r in first.journal if int(r.group.split("/")[1]) not in state["finished"]}
+    assert {r.id for rs in loop.kept.values() for r in rs} == kept and kept
+    second.run(loop)
+    # The surviving history: the first life up to version 4, then the second.
+    trained = [n for batch in first.trained[:4] + second.trained for n in batch]
+    assert len(trained) == len(set(trained)) == 18
+    assert not set(state["finished"]) & {n for batch in second.trained for n in batch}
+    # What the journal held was not sampled again, and every group of it was taken up.
+    assert not kept & set(second.asked)
+    assert not loop.kept
+    given = {i for ids in second.credited for i in ids}
+    assert {i for i in kept if int(i.split("/")[1]) in set(trained)} <= given
+    lost = {n for n in range(max(trained)) if n not in trained} - loop.finished
+    assert lost <= {g.number for g in loop._shelf} | second.started, (
+        "what is not trained or dropped was still under way"
+    )
+
+
+PAST = [
+    rollout("s/0/1"), rollout("s/1/0", score=None), rollout("s/3/0.1", versions=(1, 1)), rollout("s/3/1", versions=(1, 1))
+]  # fmt: skip
+
+
+def test_a_half_journalled_group_is_completed() -> None:
+    parts = Counting(config(steps=2, max_staleness=2))
+    loop = parts.settle()
+    loop.resume({"finished": [], "accepted": 0}, PAST)
+    parts.run(loop)
+    assert {i for i in parts.asked if int(i.split("/")[1]) < 4} == {"s/0/0", "s/1/0", "s/1/1", "s/2/0", "s/2/1"}
+    assert sorted(n for batch in parts.trained for n in batch) == [0, 1, 2, 3]
+
+
+def test_in_synchronous_mode_a_batch_is_taken_whole_or_sampled_again() -> None:
+    """Groups 0 and 1 are one batch and lack three; 2 and 3 are one and lack two; of 4 and 5 everything is there."""
+    parts = Counting(config(steps=3, max_staleness=0))
+    loop = parts.settle()
+    whole = [rollout(f"s/{n}/{i}", versions=(2, 2)) for n in (4, 5) for i in (0, 1)]
+    loop.resume({"finished": [], "accepted": 0}, [*PAST, *whole])
+    parts.run(loop)
+    assert sorted(parts.asked) == [f"s/{n}/{i}" for n in range(4) for i in (0, 1)]
+    assert parts.trained == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_place_that_was_filled_twice_counts_once() -> None:
+    """After two kills the journal may hold two attempts at one place; the later one is what the later life used."""
+    parts = Counting(config(steps=1, groups_per_step=1, max_staleness=1, max_running=1))
+    loop = parts.settle()
+    loop.resume({"finished": [], "accepted": 0}, [rollout("s/0/0.1"), rollout("s/0/1"), rollout("s/0/0")])
+    parts.run(loop)
+    assert parts.credited == [["s/0/0", "s/0/1"]]
+
+
+def test_a_run_that_is_done_does_nothing() -> None:
+    parts = Counting(config(), version=4)
+    parts.run()
+    assert parts.asked == [] and parts.stepped == []

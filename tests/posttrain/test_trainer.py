@@ -1,0 +1,300 @@
+"""Steps of a tiny longcat2 model: what moves, what does not, and that it repeats bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from posttrain import trainer as trainer_module
+from posttrain.loss import clipped_loss
+from posttrain.settings import ClippedLoss, DistillLoss, LoraConfig
+from posttrain.trainer import Trainer, save_state
+from posttrain.types import Sample
+from posttrain.weights import read_into, state_of
+from tests.model.longcat2_tiny import tiny, tokens
+from tests.posttrain.small import copies, differing, make_trainer, plain_logprobs, sample
+
+LORA = LoraConfig(rank=4, alpha=8.0)
+SAMPLES = [sample(f"g/{i}", 6 + i, (-1.0) ** i, seed=i) for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def _same_adapters() -> None:
+    torch.manual_seed(0)
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Detected call of `lr_scheduler.step",  # where a test looks at gradients instead of stepping
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft's call
+)
+
+
+def gradients(samples: Sequence[Sample], rollouts: int, **options: Any) -> dict[str, Tensor]:
+    """What one step would hand to the optimizer."""
+    trainer = make_trainer(max_grad_norm=1e9, **options)
+    found: dict[str, Tensor] = {}
+    # After clipping, before the step.
+    trainer.optimizer.step = lambda: found.update(  # pyright: ignore[reportAttributeAccessIssue]
+        {n: p.grad.clone() for n, p in trainer.base.named_parameters() if p.grad is not None}
+    )
+    trainer.step(samples, rollouts)
+    return found
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6), name
+
+
+# What a step does
+
+
+def test_a_step_changes_weights_and_lowers_the_loss() -> None:
+    trainer = make_trainer()
+    before, ids = copies(trainer.base), SAMPLES[0].ids
+    start = sum(plain_logprobs(trainer.base, ids)[3:])
+    stats = trainer.step([SAMPLES[0]], 1)
+    assert "lm_head.weight" in differing(before, copies(trainer.base))
+    assert sum(plain_logprobs(trainer.base, ids)[3:]) > start, "advantage +1 makes its tokens likelier"
+    assert stats["tokens"] == 3 and stats["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("samples", [[], [replace(SAMPLES[0], sampled=(False,) * 6)]], ids=["none", "untrained"])
+def test_without_trained_tokens_nothing_moves(samples: list[Sample]) -> None:
+    """Momentum from the step before and weight decay must not move the weights either."""
+    trainer = make_trainer(weight_decay=0.1)
+    trainer.step(SAMPLES, 5)
+    before, schedule = copies(trainer.base), trainer.schedule.state_dict()
+    stats = trainer.step(samples, 3)
+    assert differing(before, copies(trainer.base)) == set()
+    assert trainer.schedule.state_dict()["last_epoch"] == schedule["last_epoch"]
+    assert (stats["tokens"], stats["grad_norm"]) == (0, 0)
+
+
+def test_a_token_at_position_0_alone_is_no_trained_token() -> None:
+    trainer = make_trainer()
+    before = copies(trainer.base)
+    trainer.step([replace(SAMPLES[0], sampled=(True, *(False,) * 5))], 1)
+    assert differing(before, copies(trainer.base)) == set()
+
+
+def test_logprobs_equal_a_plain_forward_of_each_sequence() -> None:
+    """``gap_abs`` is the mean |trainer - behaviour|: behaviour log-probs from unpadded single forwards make it 0."""
+    model = tiny()
+    exact = [replace(s, logprobs=tuple(plain_logprobs(model, s.ids))) for s in SAMPLES]
+    assert make_trainer(model).step(exact, 5)["gap_abs"] < 1e-5
+    shifted = [replace(s, logprobs=tuple(p - 0.25 for p in s.logprobs)) for s in exact]
+    stats = make_trainer().step(shifted, 5)
+    assert stats["gap_abs"] == pytest.approx(0.25, abs=1e-5)
+    assert stats["tokens"] == sum(len(s.ids) - 3 for s in SAMPLES)
+
+
+def test_entropy_is_that_of_the_whole_distribution() -> None:
+    model, one = tiny(), SAMPLES[0]
+    with torch.no_grad():
+        logits_TV = model(input_ids=torch.tensor([one.ids])).logits[0, 2:-1]
+    expected = torch.distributions.Categorical(logits=logits_TV).entropy().mean().item()
+    assert make_trainer(model).step([one], 1)["entropy"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_masked_tokens_get_exactly_no_gradient() -> None:
+    """The logits at t speak of token t + 1; only where that one is trained may they have a gradient."""
+    trainer = make_trainer(tokens_per_micro_batch=10_000)
+    seen: list[Tensor] = []
+
+    def keep(_module: object, _args: object, output: Any) -> None:
+        output.logits.retain_grad()
+        seen.append(output.logits)
+
+    trainer.base.register_forward_hook(keep)
+    trained = (False, False, True, True, False, False, True, False, True, False)
+    gap = replace(SAMPLES[4], sampled=trained, advantages=(1.0,) * 10)
+    trainer.step([gap, SAMPLES[0]], 2)
+    (logits_BTV,) = seen
+    assert logits_BTV.grad is not None
+    touched_BT = logits_BTV.grad.abs().sum(-1) != 0
+    assert touched_BT[0].tolist() == [*gap.sampled[1:], False]
+    assert touched_BT[1].tolist() == [False, False, True, True, True, False, False, False, False, False]
+
+
+# Denominators
+
+
+@pytest.mark.parametrize("loss", [ClippedLoss(constant_length=8), DistillLoss(gate_low=1e-6, gate_high=1e6)])
+def test_neither_micro_batches_nor_padding_nor_silent_samples_change_the_gradient(
+    loss: ClippedLoss | DistillLoss,
+) -> None:
+    judged = [replace(s, teacher_logprobs=tuple(-1.0 - 0.1 * t for t in range(len(s.ids)))) for s in SAMPLES]
+    together = gradients(judged, 5, loss=loss, tokens_per_micro_batch=10_000)
+    assert max(g.abs().max() for g in together.values()) > 1e-3
+    close(together, gradients(judged, 5, loss=loss, tokens_per_micro_batch=1))
+    close(together, gradients(judged[::-1], 5, loss=loss, tokens_per_micro_batch=20))
+    # A long sample without a trained token pads nothing away and is not part of the mean.
+    silent = sample("g/9", 40, sampled=(False,) * 40, teacher_logprobs=(0.0,) * 40)
+    close(together, gradients([*judged, silent], 5, loss=loss, tokens_per_micro_batch=10_000))
+
+
+def test_the_clipped_denominator_is_rollouts_times_the_constant_length() -> None:
+    """Twice the rollouts or twice T_max: half of the gradient. The lengths themselves do not matter."""
+    whole = gradients(SAMPLES, 5, loss=ClippedLoss(constant_length=8))
+    half = {k: g / 2 for k, g in whole.items()}
+    close(half, gradients(SAMPLES, 10, loss=ClippedLoss(constant_length=8)))
+    close(half, gradients(SAMPLES, 5, loss=ClippedLoss(constant_length=16)))
+    split = [gradients([s], 5, loss=ClippedLoss(constant_length=8)) for s in SAMPLES]
+    close(whole, {k: sum((g[k] for g in split), torch.zeros(())) for k in whole})
+
+
+def test_the_distillation_denominator_is_each_response_s_own_length_then_rollouts() -> None:
+    loss = DistillLoss(gate_low=1e-9, gate_high=1e9)
+    both = [replace(s, teacher_logprobs=(-1.0,) * len(s.ids)) for s in (SAMPLES[0], SAMPLES[3])]
+    together = gradients(both, 2, loss=loss)
+    one, other = (gradients([s], 1, loss=loss) for s in both)
+    close(together, {k: (one[k] + other[k]) / 2 for k in together})
+
+
+def test_distillation_without_a_teacher_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs teacher log-probs"):
+        make_trainer(loss=DistillLoss()).step(SAMPLES, 5)
+
+
+# The optimizer
+
+
+def test_two_updates_a_batch_use_the_log_probs_from_before_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ratio of the second update is to the policy that the step started with."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(pi: Tensor, prox: Tensor, *rest: Any) -> tuple[Tensor, dict[str, float]]:
+        seen.append((pi.detach().clone(), prox.clone()))
+        return clipped_loss(pi, prox, *rest)
+
+    monkeypatch.setattr(trainer_module, "clipped_loss", spy)
+    trainer = make_trainer(updates_per_batch=2)
+    # Samples are dealt out in the order of their rollouts: 0, 2, 4 first, then 1, 3; longest first in a micro-batch.
+    known = [torch.tensor(plain_logprobs(trainer.base, s.ids)[3:]) for s in SAMPLES]
+    start = [torch.cat([known[i] for i in part]) for part in ((4, 2, 0), (3, 1))]
+    trainer.step(SAMPLES, 5)
+    (pi_1, prox_1), (pi_2, prox_2) = seen
+    assert torch.allclose(prox_1, start[0], atol=1e-5) and torch.allclose(pi_1, prox_1, atol=1e-6)
+    assert torch.allclose(prox_2, start[1], atol=1e-5)
+    assert (pi_2 - prox_2).abs().max() > 1e-3
+    assert trainer.schedule.state_dict()["last_epoch"] == 2
+
+
+def test_a_gradient_that_is_not_finite_raises_before_the_step() -> None:
+    trainer = make_trainer()
+    trainer.version = 7
+    before = copies(trainer.base)
+    with pytest.raises(FloatingPointError, match="nan at version 7"):
+        trainer.step([replace(SAMPLES[0], advantages=(float("nan"),) * 6)], 1)
+    assert differing(before, copies(trainer.base)) == set()
+    assert trainer.optimizer.state_dict()["state"] == {}
+
+
+def test_frozen_patterns_stay_and_the_rest_moves() -> None:
+    trainer = make_trainer(freeze=["embed", r"layers\.0\."], weight_decay=0.1)
+    before = copies(trainer.base)
+    trainer.step(SAMPLES, 5)
+    moved = differing(before, copies(trainer.base))
+    assert not any("embed" in n or "layers.0." in n for n in moved)
+    assert {"lm_head.weight", "model.norm.weight"} <= moved and any("layers.1." in n for n in moved)
+
+
+def test_the_rate_rises_then_falls_to_a_tenth() -> None:
+    """lr 1, warmup 1, 4 steps: (1/2, 1, 1, ...) times (1, .775, .55, .325, .1)."""
+    trainer = make_trainer(lr=1.0, warmup_steps=1, steps=4)
+    rates = [trainer.schedule.get_last_lr()[0]]
+    for _ in range(4):
+        rates.append(trainer.step(SAMPLES[:1], 1)["lr"])
+    assert rates == pytest.approx([0.5, 0.775, 0.55, 0.325, 0.1])
+
+
+# Weights out
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_published_weights_arrive_byte_for_byte(lora: LoraConfig | None) -> None:
+    trainer, other = make_trainer(lora=lora), tiny(seed=1)
+    try:
+        for version in (0, 1, 2):
+            weights = trainer.publish()
+            assert weights.version == version and weights.where.startswith("shm:")
+            read_into(other, weights.where)
+            assert differing({k: v.clone() for k, v in trainer.weights().items()}, state_of(other)) == set()
+            trainer.step(SAMPLES, 5)
+            trainer.version += 1
+        assert differing({k: v.clone() for k, v in trainer.weights().items()}, state_of(other)) != set()
+    finally:
+        trainer.close()
+    trainer.close()
+
+
+def test_lora_publishes_what_merging_gives_and_leaves_the_base_alone() -> None:
+    start = copies(tiny())
+    trainer = make_trainer(lora=LORA)
+    for _ in range(2):
+        trainer.step(SAMPLES, 5)
+    published = {k: v.clone() for k, v in trainer.weights().items()}
+    inside = {k.replace(".base_layer.", "."): v for k, v in trainer.base.state_dict().items() if ".lora_" not in k}
+    assert differing(start, inside) == set(), "training and publishing only touch the adapters"
+    merged = copies(trainer.base_model())
+    changed = differing(start, merged)
+    assert any("q_a_proj" in n for n in changed) and "model.embed_tokens.weight" not in changed
+    assert published.keys() == state_of(tiny()).keys()
+    for name, tensor in published.items():
+        assert torch.allclose(tensor, merged[name], rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_saved_and_loaded_gives_the_same_logits(lora: LoraConfig | None, tmp_path: Path) -> None:
+    trainer, ids = make_trainer(lora=lora), tokens(2, 9, low=3)
+    trainer.step(SAMPLES, 5)
+    with torch.no_grad():
+        trained = trainer.model(input_ids=ids).logits
+        start = tiny()(input_ids=ids).logits
+        trainer.save(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(input_ids=ids).logits
+    assert torch.allclose(trained, loaded, atol=0 if lora is None else 1e-5)
+    assert not torch.allclose(start, loaded, atol=1e-3)
+
+
+# Again
+
+
+def train(trainer: Trainer, steps: Sequence[int]) -> list[dict[str, float]]:
+    out: list[dict[str, float]] = []
+    for step in steps:
+        out.append(trainer.step([sample(f"g/{i}", 6 + i, (-1.0) ** i, seed=10 * step + i) for i in range(4)], 4))
+        trainer.version += 1
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": LORA}, {"updates_per_batch": 2}], ids=["full", "lora", "two updates"])
+def test_three_and_three_steps_are_six(options: dict[str, Any], tmp_path: Path) -> None:
+    whole = make_trainer(weight_decay=0.01, **options)
+    stats = train(whole, range(6))
+    torch.manual_seed(0)  # adapters start at random
+    first = make_trainer(weight_decay=0.01, **options)
+    train(first, range(3))
+    save_state({"trainer": first.state(), "finished": [1, 2]}, tmp_path / "deep" / "state.pt")
+    torch.manual_seed(99)
+    second = make_trainer(tiny(seed=5), weight_decay=0.01, **options)
+    second.restore(torch.load(tmp_path / "deep" / "state.pt", weights_only=True)["trainer"])
+    assert second.version == 3
+    assert train(second, range(3, 6)) == stats[3:]
+    assert differing(copies(whole.base), copies(second.base)) == set()
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["state.pt"]
+
+
+def test_two_identical_runs_are_bitwise_equal() -> None:
+    one, two = make_trainer(), make_trainer()
+    assert train(one, range(3)) == train(two, range(3))
+    assert differing(copies(one.base), copies(two.base)) == set()

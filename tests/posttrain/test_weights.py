@@ -1,0 +1,112 @@
+"""How weights travel: nothing but the bytes, and all of them."""
+
+from __future__ import annotations
+
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from posttrain.weights import SHM, SharedWeights, fingerprint, read_into, state_of
+from tests.posttrain.tiny import make_model
+
+
+class Mixed(nn.Module):
+    """Everything a model may hold: tied weights, several types, a scalar counter, an empty buffer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embed = nn.Embedding(7, 5)
+        self.head = nn.Linear(5, 7, bias=True)
+        self.coarse = nn.Parameter(torch.empty(3, 5, dtype=torch.bfloat16))
+        for parameter in self.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        self.head.weight = self.embed.weight
+        self.register_buffer("table", torch.randint(-9, 9, (4, 3), generator=generator))
+        self.register_buffer("steps", torch.tensor(seed))
+        self.register_buffer("flags", torch.rand(5, generator=generator) > 0.5)
+        self.register_buffer("nothing", torch.zeros(0, 4))
+        self.register_buffer("view", torch.randn(6, 2, generator=generator).T)
+        self.register_buffer("scratch", torch.randn(2, generator=generator), persistent=False)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Equal bit for bit, NaN and signed zero included."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype
+        and a[k].contiguous().reshape(-1).view(torch.uint8).equal(b[k].contiguous().reshape(-1).view(torch.uint8))
+        for k in a
+    )
+
+
+def test_a_state_holds_tied_weights_once_and_no_scratch() -> None:
+    names = ["coarse", "table", "steps", "flags", "nothing", "view", "embed.weight", "head.bias"]
+    assert list(state_of(Mixed(0))) == names
+
+
+def test_shared_weights_arrive_bit_for_bit() -> None:
+    source, target = Mixed(1), Mixed(2)
+    source.coarse.data[0, 0], source.coarse.data[0, 1] = float("nan"), -0.0
+    assert not same(state_of(source), state_of(target))
+    shared = SharedWeights(state_of(source))
+    shared.write(state_of(source))
+    read_into(target, SHM + shared.name)
+    assert same(state_of(source), state_of(target))
+    assert target.head.weight is target.embed.weight
+    shared.write(state_of(Mixed(3)))  # a block is written again and again
+    read_into(target, SHM + shared.name)
+    assert same(state_of(Mixed(3)), state_of(target))
+    shared.close()
+
+
+@pytest.mark.parametrize("kind", ["longcat2", "llama"])
+def test_a_folder_arrives_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    source, target = make_model(kind, seed=1), make_model(kind, seed=2)
+    source.save_pretrained(tmp_path)
+    read_into(target, str(tmp_path))
+    assert same(state_of(source), state_of(target))
+
+
+def test_close_removes_the_block_once_and_only_by_its_maker() -> None:
+    state = state_of(Mixed(1))
+    shared = SharedWeights(state)
+    shared.write(state)
+    other = SharedWeights(state, name=shared.name)
+    other.close()
+    third = Mixed(2)
+    read_into(third, SHM + shared.name)
+    assert same(state_of(third), state)
+    shared.close()
+    shared.close()
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(name=shared.name)
+
+
+def test_a_fingerprint_changes_if_and_only_if_the_weights_do() -> None:
+    first = fingerprint(Mixed(1))
+    assert fingerprint(Mixed(1)) == first
+    assert len(first) == 16
+    moved = Mixed(1)
+    moved.scratch += 1  # not a weight
+    assert fingerprint(moved) == first
+    seen = {first}
+    for name, tensor in state_of(Mixed(1)).items():
+        changed = Mixed(1)
+        target = state_of(changed)[name]
+        if tensor.numel():
+            first_entry = (0,) * target.ndim
+            target[first_entry] = ~target[first_entry] if target.dtype == torch.bool else target[first_entry] + 1
+            seen.add(fingerprint(changed))
+    assert len(seen) == len(state_of(Mixed(1)))  # each of them, but the empty one, and the first
+
+
+def test_a_fingerprint_knows_names() -> None:
+    class Named(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.register_buffer(name, torch.ones(2))
+
+    assert fingerprint(Named("a")) != fingerprint(Named("b"))
