@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
@@ -23,6 +24,7 @@ from datasets import Dataset, load_from_disk
 from torch.multiprocessing.spawn import start_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -90,6 +92,9 @@ class _Report(TrainerCallback):
 
 def _work(rank: int, job: _Job, steps: Any) -> None:
     _die_with_parent()
+    disable_progress_bar()
+    # TRL sets the old name of a setting, whatever its caller says.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     c = job.config
     if c.processes > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": c.processes, "MASTER_PORT": job.port}

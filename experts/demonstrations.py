@@ -57,7 +57,7 @@ def dataset(clean: list[Row], mixed: list[Row], config: ColdStartConfig, seed: i
     """Rows in the order of training: batches of ``clean`` ones for ``clean_steps``, then of ``mixed`` ones.
 
     Every batch is a random mixture of the worlds; inside a batch, micro-batches hold similar lengths, so that little
-    is padded."""
+    is padded, and those that processes work on side by side are equally long, so that none waits."""
     rng, ordered = Random(seed), []
     for rows, steps in ((clean, config.clean_steps), (mixed, config.steps - config.clean_steps)):
         pool: list[Row] = []
@@ -65,5 +65,10 @@ def dataset(clean: list[Row], mixed: list[Row], config: ColdStartConfig, seed: i
             while len(pool) < config.batch_size:
                 pool += rng.sample(rows, len(rows))
             batch, pool = pool[: config.batch_size], pool[config.batch_size :]
-            ordered += sorted(batch, key=lambda row: len(row[0]))
+            by_length = sorted(batch, key=lambda row: len(row[0]))
+            width = config.batch_size // config.micro_batches * config.processes
+            for i in range(0, config.batch_size, width):
+                ordered += [
+                    row for p in range(config.processes) for row in by_length[i : i + width][p :: config.processes]
+                ]
     return Dataset.from_dict({"input_ids": [r[0] for r in ordered], "labels": [r[1] for r in ordered]})

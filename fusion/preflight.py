@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from envs.sandbox import probe
+from envs.sandbox import DockerConfig, probe
 from envs.worlds import CodeConfig
 from fusion.config import PipelineConfig
 from posttrain.errors import ConfigError
@@ -19,15 +19,21 @@ def preflight(path: Path, config: PipelineConfig) -> None:
                 probe(world.sandbox)
             except ConfigError as error:
                 raise ConfigError(f"{path}: worlds.{name}.sandbox: {error}") from None
+            if isinstance(world.sandbox, DockerConfig):
+                from envs.sandbox.docker_engine import reap
+
+                reap(world.sandbox.host)  # what an earlier run left behind when it was killed
     if isinstance(config.model, PretrainedModel):
         if not (config.model.path / "config.json").is_file():
             raise ConfigError(
                 f"{path}: model.path: {config.model.path} holds no config.json; give the folder of a Hugging Face model"
             )
         return
+    from huggingface_hub.errors import StrictDataclassError
+
     from posttrain.model import Longcat2Config
 
     try:
         Longcat2Config(**config.model.settings, vocab_size=config.model.vocab_size)
-    except Exception as error:  # transformers' strict dataclasses raise their own kinds
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"{path}: model.settings: {error}") from None

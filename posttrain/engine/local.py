@@ -48,12 +48,13 @@ class LocalEngine:
         try:
             await engine._wait(engine._ready, "the engine to start")
         except BaseException:
+            process.kill()
             await engine.close()
             raise
         return engine
 
     async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
-        """See the protocol. Empty with finish ``length`` if the context leaves no room. ValueError: ``ids`` is empty."""
+        """See the protocol. Empty with finish ``length`` if the context leaves no room. ValueError: no ids."""
         if not ids:
             raise ValueError("nothing to continue: ids is empty")
         key = next(self._keys)

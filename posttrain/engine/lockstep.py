@@ -38,7 +38,8 @@ class Lockstep:
         """See the protocol."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((sampling.seed, future))
-        self._release()
+        # Not at once: this one would go on before those that it releases, whatever their seeds.
+        asyncio.get_running_loop().call_soon(self._release)
         await future  # bounded by the loop's own waits: every seat either asks or leaves
         return await self._engine.generate(ids, sampling)
 

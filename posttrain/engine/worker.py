@@ -10,11 +10,14 @@ Shapes: B rows in a forward, T tokens a row, S visible columns, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -240,15 +243,26 @@ def load_model(folder: str) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32)
 
 
+def _read(pipe: Connection, inbox: SimpleQueue[tuple[Any, ...]]) -> None:
+    """Empties the pipe at all times: an owner that writes while this process writes would wait forever."""
+    try:
+        while True:
+            inbox.put(pipe.recv())
+    except (EOFError, OSError):
+        inbox.put(("close",))
+
+
 def main(pipe: Connection, folder: str, num_slots: int, max_context: int, threads: int) -> None:
     """Serve requests from ``pipe`` until it closes. A closed pipe means that the owner is gone, however it went."""
     torch.set_num_threads(threads)
     scheduler = Scheduler(load_model(folder), num_slots, max_context)
     pipe.send(("ready",))
+    inbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+    threading.Thread(target=_read, args=(pipe, inbox), daemon=True).start()
     try:
         while True:
-            while pipe.poll(0 if scheduler.busy else None):
-                kind, *rest = pipe.recv()
+            while not scheduler.busy or not inbox.empty():
+                kind, *rest = inbox.get()
                 if kind == "generate":
                     scheduler.pending.extend(rest[0])
                 elif kind == "load":
@@ -262,5 +276,5 @@ def main(pipe: Connection, folder: str, num_slots: int, max_context: int, thread
             if scheduler.done:
                 pipe.send(("done", scheduler.done))
                 scheduler.done = []
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+    except (ConnectionError, KeyboardInterrupt):
         return

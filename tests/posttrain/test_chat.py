@@ -54,12 +54,12 @@ def values(kind: str, text: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
 
 def calls(text: st.SearchStrategy[str]) -> st.SearchStrategy[ToolCall]:
     """Calls of the tools above with arguments of their types."""
-    return st.one_of(
-        st.fixed_dictionaries({k: values(t, text) for k, t in tool.parameters.items()}).map(
-            lambda arguments, name=tool.name: ToolCall(name=name, arguments=arguments)
-        )
-        for tool in TOOLS
-    )
+
+    def of(tool: Tool) -> st.SearchStrategy[ToolCall]:
+        arguments = st.fixed_dictionaries({k: values(t, text) for k, t in tool.parameters.items()})
+        return st.builds(ToolCall, name=st.just(tool.name), arguments=arguments)
+
+    return st.sampled_from(TOOLS).flatmap(of)
 
 
 def answers(text: st.SearchStrategy[str]) -> st.SearchStrategy[Message]:

@@ -89,7 +89,9 @@ class Life:
             score=score,
         )  # fmt: skip
 
-    def live(self, start: Start, state: Mapping[str, Any] | None = None, past: Sequence[Rollout] = ()) -> dict[str, Tensor]:
+    def live(
+        self, start: Start, state: Mapping[str, Any] | None = None, past: Sequence[Rollout] = ()
+    ) -> dict[str, Tensor]:
         """Train to the end, or die; the weights."""
         trainer = make_trainer(steps=CONFIG.steps, lr=3e-2)
         if state is not None:
@@ -133,24 +135,21 @@ def test_latencies_change_nothing(start: Start, folder: Path, tmp_path: Path) ->
     assert differing(copies(tiny()), quick.live(in_process)) != set()
 
 
-@pytest.mark.parametrize("start", ENGINES)
 @pytest.mark.parametrize("kill_at", [1, 3])
-def test_killed_and_resumed_is_as_if_nothing_had_happened(
-    start: Start, kill_at: int, folder: Path, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_is_as_if_nothing_had_happened(kill_at: int, folder: Path, tmp_path: Path) -> None:
     """Killed at 3, it goes on from the checkpoint of version 2 and takes what trained 3 from the journal; killed at 1,
     there is no checkpoint and everything comes from the journal. Later versions are sampled by a fresh engine."""
     whole = Life(folder, tmp_path / "whole.pt", slow=0.003)
-    expected = whole.live(start)
+    expected = whole.live(in_process)
     first = Life(folder, tmp_path / "killed.pt", slow=0.003, kill_at=kill_at)
     with pytest.raises(Killed):
-        first.live(start)
+        first.live(in_process)
     state = {"finished": [], "accepted": 0, "trainer": make_trainer(steps=CONFIG.steps, lr=3e-2).state()}
     if first.state_path.exists():
         state = torch.load(first.state_path, weights_only=True)
     second = Life(folder, first.state_path, slow=0.003)
     past = [rollout_from_dict(r) for r in first.journal]
-    assert differing(expected, second.live(start, state, past)) == set()
+    assert differing(expected, second.live(in_process, state, past)) == set()
     at = state["trainer"]["version"]
     assert at == (2 if kill_at == 3 else 0)
     assert first.history[:at] + second.history == whole.history
@@ -158,8 +157,14 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(
     assert len(second.played) == 6 * (CONFIG.steps - kill_at)
 
 
-@pytest.mark.parametrize("start", ENGINES)
-@pytest.mark.parametrize("kill_after", [14, 22])
+@pytest.mark.parametrize(
+    ("start", "kill_after"),
+    [
+        pytest.param(in_process, 14, id="in process, 14"),
+        pytest.param(in_process, 22, id="in process, 22"),
+        pytest.param(own_process, 14, id="local, 14", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_between_two_rollouts_too(start: Start, kill_after: int, folder: Path, tmp_path: Path) -> None:
     """Of the six rollouts of version 2 (3) two (four) were journalled. Their last bits depend on who shared their
     batches, so all six are sampled again; the batch of version 2 that version 3 stands on is taken as it is."""
