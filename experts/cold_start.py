@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.multiprocessing.spawn import start_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -53,6 +53,7 @@ def train(
     Checkpoints in ``folder`` let the same call go on after a kill. Raises what a process raised."""
     rows = folder / "rows"
     remove(rows)
+    disable_progress_bars()
     data.save_to_disk(rows)
     job = _Job(start=start, data=rows, folder=folder, config=config, seed=seed, port=_free_port())
     steps: Any = get_context("spawn").SimpleQueue()

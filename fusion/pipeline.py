@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from datasets import Dataset
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from envs.worlds import make_world
 from experts import cold_start
@@ -35,6 +37,7 @@ from fusion.results import results
 from fusion.teachers import ModelTeacher
 from posttrain.chat import Chat, train_tokenizer
 from posttrain.config import digest
+from posttrain.engine.local import LocalEngine
 from posttrain.files import remove, write_json
 from posttrain.journal import Journal, read_journal
 from posttrain.loop import derive_seed
@@ -55,10 +58,12 @@ class Pipeline:
 
     def __init__(self, config: PipelineConfig, run: RunDir, progress: Progress) -> None:
         self.config, self.run, self.progress = config, run, progress
+        disable_progress_bar()
         self.metrics = Metrics(run.metrics_file)
         self.worlds = {name: make_world(world, name) for name, world in config.worlds.items()}
         self.domains = domains_of(config)
         self.digests: dict[str, str] = {}
+        self._engine: LocalEngine | None = None
 
     def close(self) -> None:
         """Close what is open; idempotent."""
@@ -198,10 +203,13 @@ class Pipeline:
         policies |= {name: await self.expert(name) for name in self.config.experts}
         policies["student"] = await self.student()
         sources = {"base": "base", "student": "fusion"} | {n: f"expert-{n}" for n in self.config.experts}
-        for label, folder in policies.items():
-            stage = f"evaluation-{label}"
-            key = self._digest(stage, self.config.evaluation, self.config.worlds, self.digests[sources[label]])
-            await self._stage(stage, key, partial(self._evaluate, stage, label, policies["base"], folder))
+        async with AsyncExitStack() as stack:
+            start = partial(self._engine_for_all, stack, policies["base"])
+            for number, (label, folder) in enumerate(policies.items()):
+                stage = f"evaluation-{label}"
+                key = self._digest(stage, self.config.evaluation, self.config.worlds, self.digests[sources[label]])
+                weights = Weights(version=number, where=str(folder))
+                await self._stage(stage, key, partial(self._evaluate, stage, label, policies["base"], start, weights))
         found = results(
             {label: list(read_journal(self.run.rollouts(f"evaluation-{label}"))) for label in policies},
             self.domains,
@@ -213,20 +221,32 @@ class Pipeline:
         write_report(self.run)
         return found
 
-    async def _evaluate(self, stage: str, label: str, base: Path, folder: Path, resumed: bool) -> list[Path]:
+    async def _engine_for_all(self, stack: AsyncExitStack, base: Path) -> LocalEngine:
+        """The engine that all policies are evaluated on; started when the first of them needs it."""
+        if self._engine is None:
+            self._engine = await start_engine(self.config.engine, base)
+            stack.push_async_callback(self._engine.close)
+        return self._engine
+
+    async def _evaluate(
+        self,
+        stage: str,
+        label: str,
+        base: Path,
+        start: Callable[[], Coroutine[Any, Any, LocalEngine]],
+        weights: Weights,
+        resumed: bool,
+    ) -> list[Path]:
         c, journal = self.config.evaluation, self.run.rollouts(stage)
         seed = derive_seed(self.config.seed, "evaluation")
-        engine = await start_engine(self.config.engine, folder)
-        try:
-            await engine.load(Weights(version=0, where=str(folder)))
-            player = self._player(base, RewardConfig(), c.temperature)
-            tasks = held_out(self.worlds, c, seed)
-            bar = self.progress.add_task(stage, total=len(tasks))
-            rollouts = await evaluate(
-                engine, player, tasks, c, label=label, seed=seed, on_done=lambda: self.progress.advance(bar)
-            )
-        finally:
-            await engine.close()
+        engine = await start()
+        await engine.load(weights)
+        player = self._player(base, RewardConfig(), c.temperature)
+        tasks = held_out(self.worlds, c, seed)
+        bar = self.progress.add_task(stage, total=len(tasks))
+        rollouts = await evaluate(
+            engine, player, tasks, c, label=label, seed=seed, on_done=lambda: self.progress.advance(bar)
+        )
         remove(journal)
         with Journal(journal) as out:
             for rollout in rollouts:
