@@ -84,6 +84,8 @@ class Scheduler:
         self.version = version
         for slot in self.slots:
             slot.version = -1
+        for slot in self.free:
+            slot.freed_at = 0  # who takes which row must not depend on earlier weights: a resumed run has not seen them
 
     @torch.inference_mode()
     def step(self) -> None:

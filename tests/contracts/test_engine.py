@@ -35,7 +35,7 @@ async def start_local(folder: Path) -> Engine:
 
 
 STARTS: dict[str, Start] = {"local": start_local}
-KINDS = ("longcat2", "llama", "qwen3")
+KINDS = ("longcat2", "llama")
 
 
 @dataclass

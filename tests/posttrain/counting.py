@@ -133,6 +133,8 @@ class Counting:
                 assert asyncio.all_tasks() == {asyncio.current_task()}
 
         asyncio.run(main())
+        trained = self.version * self.config.groups_per_step
+        assert loop._accepted == trained + len(loop._shelf), "what admission counts is what is there"
         return loop
 
 

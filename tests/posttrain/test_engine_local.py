@@ -166,7 +166,7 @@ def gap(model: Any, requests: Sequence[Request], completions: Sequence[Completio
     return worst
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "qwen3_moe", "gemma2", "phi3", "gpt_neox", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "qwen3", "qwen3_moe", "gemma2", "phi3", "gpt_neox", "deepseek_v3"])
 def test_any_causal_model_is_served_as_its_own_forward_has_it(kind: str) -> None:
     """Fused heads, learned positions, routed experts, soft-capped scores (eager attention), latent keys."""
     model = make_model(kind)

@@ -288,5 +288,7 @@ def test_a_place_that_was_filled_twice_counts_once() -> None:
 
 def test_a_run_that_is_done_does_nothing() -> None:
     parts = Counting(config(), version=4)
-    parts.run()
+    loop = parts.settle()
+    loop.resume({"finished": list(range(8)), "accepted": 8}, [])
+    parts.run(loop)
     assert parts.asked == [] and parts.stepped == []
