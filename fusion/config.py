@@ -40,7 +40,7 @@ class PipelineConfig(Config):
     """Name to world."""
     cold_start: ColdStartConfig | None = ColdStartConfig()
     """null: the model is used as it is."""
-    experts: dict[str, ExpertConfig]
+    experts: Annotated[dict[str, ExpertConfig], Field(min_length=1)]
     """Name to expert; the name is the domain it will teach."""
     fusion: FusionConfig = FusionConfig()
     """Experts to student."""
@@ -49,11 +49,14 @@ class PipelineConfig(Config):
 
     @model_validator(mode="after")
     def _names_agree(self) -> PipelineConfig:
-        for expert, config in self.experts.items():
-            for world in config.worlds:
+        named = {f"experts.{expert}.worlds": list(config.worlds) for expert, config in self.experts.items()}
+        if self.cold_start is not None:
+            named["cold_start.shares"] = list(self.cold_start.shares)
+        for key, names in named.items():
+            for world in names:
                 if world not in self.worlds:
                     known = ", ".join(sorted(self.worlds))
-                    raise ValueError(f"experts.{expert}.worlds: there is no world `{world}`; `worlds` has: {known}")
+                    raise ValueError(f"{key}: there is no world `{world}`; `worlds` has: {known}")
         domains = domains_of(self)
         taught = sorted(set(domains.values()))
         if len(taught) < len(domains):

@@ -35,5 +35,5 @@ def preflight(path: Path, config: PipelineConfig) -> None:
 
     try:
         Longcat2Config(**config.model.settings, vocab_size=config.model.vocab_size)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(f"{path}: model.settings: {error}") from None
