@@ -1,0 +1,112 @@
+"""The whole way, killed twice with ``kill -9`` and taken up again by the same command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import posttrain.model  # noqa: F401  (registers longcat2)
+
+ROOT = Path(__file__).parent.parent
+DOMAINS = {"agent", "reasoning", "interaction"}
+MICRO = """
+extends: {smoke}
+cold_start: {{demonstrations: 300, steps: 12, clean_steps: 6, batch_size: 16, processes: 1, checkpoint_every: 3}}
+experts:
+  agent: {{train_tasks: 40, loop: {{steps: 8, groups_per_step: 2, group_size: 2, checkpoint_every: 2}}}}
+  reasoning: {{train_tasks: 40, loop: {{steps: 2, groups_per_step: 2, group_size: 2}}}}
+  interaction: {{train_tasks: 40, loop: {{steps: 2, groups_per_step: 2, group_size: 2}}}}
+fusion: {{train_tasks: 40, loop: {{steps: 2, groups_per_step: 4}}}}
+evaluation: {{tasks: 6}}
+"""
+
+
+def start(config: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "posttrain.cli", "run", str(config), "--out", str(out)]
+    with open(out.parent / "output.txt", "a") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, text=True, env={**os.environ, "NO_COLOR": "1"}
+        )
+
+
+def kill_when(config: Path, out: Path, ready: Any) -> None:
+    """Start a run, ``kill -9`` its main process once ``ready()``, and wait until its children are gone too."""
+    process = start(config, out)
+    end = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None, (out.parent / "output.txt").read_text()[-3000:]
+        assert time.monotonic() < end, "the run did not come to the place where it is to be killed"
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, f"left behind: {[p.cmdline() for p in alive]}"
+
+
+def steps(out: Path, stage: str) -> int:
+    path = out / "metrics.jsonl"
+    return sum(f'"stage":"{stage}"' in line for line in path.read_text().splitlines()) if path.exists() else 0
+
+
+def ledger(out: Path) -> dict[str, Any]:
+    return json.loads((out / "stages.json").read_text())
+
+
+@pytest.mark.slow
+def test_killed_twice_and_taken_up_again(tmp_path: Path) -> None:
+    config, out = tmp_path / "micro.yaml", tmp_path / "run"
+    config.write_text(MICRO.format(smoke=ROOT / "configs/tiny/smoke.yaml"))
+    work = out / "checkpoints/base/work"
+    kill_when(config, out, lambda: any(work.glob("checkpoint-*/trainer_state.json")))
+    assert "base" not in {k for k, v in ledger(out).items() if v["seconds"] is not None}
+
+    kill_when(config, out, lambda: steps(out, "expert-agent") >= 3)
+    finished = {k: v for k, v in ledger(out).items() if v["seconds"] is not None}
+    assert set(finished) == {"base"}
+    resumed = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert resumed["stage"] == "cold_start"
+    weights = (out / "checkpoints/base/model.safetensors").stat().st_mtime_ns
+    journal = out / "rollouts/expert-agent.jsonl"
+    journalled = journal.read_bytes().rpartition(b"\n")[0]
+    assert journalled.count(b"\n") > 4
+
+    assert start(config, out).wait(timeout=400) == 0, (out.parent / "output.txt").read_text()[-3000:]
+    done = ledger(out)
+    assert all(v["seconds"] is not None for v in done.values())
+    assert {k: done[k] for k in finished} == finished
+    assert (out / "checkpoints/base/model.safetensors").stat().st_mtime_ns == weights
+    assert journal.read_bytes().startswith(journalled), "a journalled rollout is gone"
+    ids = [json.loads(line)["id"] for line in journal.read_text().splitlines()]
+    assert len(ids) == len(set(ids)), "a journalled rollout was made again"
+    assert steps(out, "expert-agent") == 8
+    _results_are_whole(out)
+
+    assert start(config, out).wait(timeout=200) == 0
+    assert ledger(out) == done
+
+
+def _results_are_whole(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text())
+    assert {"domains", "wall_s", "config_sha256", "versions"} <= set(results)
+    assert set(results["domains"]) == DOMAINS
+    for domain, row in results["domains"].items():
+        assert {"n", "base", "experts", "student", "teacher", "recovery", "recovery_ci95"} <= set(row)
+        assert row["n"] == 6 and set(row["experts"]) == DOMAINS and row["teacher"] == domain
+        assert all(0 <= x <= 1 for x in (row["base"], row["student"], *row["experts"].values()))
+    page = (out / "report.html").read_text()
+    assert "<html" in page and "http://" not in page and "https://" not in page
+    for name in ("base", "expert-agent", "fusion"):
+        folder = out / "checkpoints" / name
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.config.vocab_size == 400 and len(AutoTokenizer.from_pretrained(folder)) <= 400
