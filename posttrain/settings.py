@@ -107,6 +107,8 @@ class TrainerConfig(Config):
     """Regular expressions; parameters whose name matches one are not trained."""
     lora: LoraConfig | None = None
     """Adapters instead of full weights."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Precision of the forward; weights and log-probs stay in float32."""
     threads: Annotated[int, Field(gt=0)] = 1
     """CPU threads of the training process."""
 

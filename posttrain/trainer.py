@@ -32,7 +32,7 @@ class Trainer:
     ):
         torch.set_num_threads(config.threads)
         self.config, self.loss, self.version = config, loss, 0
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         model.train()
         for name, parameter in model.named_parameters():
             if any(re.search(pattern, name) for pattern in config.freeze):
