@@ -28,9 +28,10 @@ from transformers.utils.logging import disable_progress_bar
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-import posttrain.model  # noqa: F401  (registers longcat2)
 from experts.config import ColdStartConfig
+from posttrain import determinism
 from posttrain.files import remove
+from posttrain.model import Longcat2ForCausalLM
 
 _POLL_S = 0.5
 
@@ -91,6 +92,16 @@ class _Report(TrainerCallback):
         self._steps.put(state.global_step)
 
 
+class _RouterBiases(TrainerCallback):
+    """Load control after every optimizer step, at the pace of the learning rate."""
+
+    def __init__(self, model: Longcat2ForCausalLM) -> None:
+        self._model = model
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        self._model.model.update_router_biases(lr_scheduler.get_last_lr()[0] / lr_scheduler.base_lrs[0])
+
+
 def _work(rank: int, job: _Job, steps: Any) -> None:
     _die_with_parent()
     disable_progress_bar()
@@ -103,13 +114,19 @@ def _work(rank: int, job: _Job, steps: Any) -> None:
     # By the environment too: Accelerate would give every process all cores, and the processes would fight for them.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(c.threads)
     torch.set_num_threads(c.threads)
+    if c.deterministic:
+        determinism.enforce()
     model = AutoModelForCausalLM.from_pretrained(job.start, dtype=torch.float32)
+    callbacks: list[TrainerCallback] = [_Report(steps)] if rank == 0 else []
+    if isinstance(model, Longcat2ForCausalLM):
+        model.freeze_idle()
+        callbacks.append(_RouterBiases(model))
     trainer = SFTTrainer(
         model=model,
         args=_arguments(job),
         train_dataset=load_from_disk(job.data),  # pyright: ignore[reportArgumentType]
         processing_class=AutoTokenizer.from_pretrained(job.start),
-        callbacks=[_Report(steps)] if rank == 0 else [],
+        callbacks=callbacks,
         optimizers=(_optimizer(model, c), None),
     )
     trainer.remove_callback(PrinterCallback)

@@ -41,6 +41,8 @@ class ColdStartConfig(Config):
     """Compute activations twice instead of keeping them."""
     threads: Annotated[int, Field(gt=0)] = 1
     """CPU threads of each process."""
+    deterministic: bool = False
+    """Fix the order of every sum on a GPU as well (``posttrain.determinism`` names them); slower there."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 100
     """Steps between two checkpoints."""
 

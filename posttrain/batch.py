@@ -19,6 +19,8 @@ from posttrain.types import Sample
 class Batch:
     ids_BT: Tensor
     """Token ids, int64, padded at the right; a causal model needs no mask for that."""
+    real_BT: Tensor
+    """False on padding."""
     sampled_BT: Tensor
     """True on trained tokens."""
     behaviour_BT: Tensor
@@ -33,6 +35,7 @@ class Batch:
         teacher = None if self.teacher_BT is None else self.teacher_BT.to(device)
         return Batch(
             ids_BT=self.ids_BT.to(device),
+            real_BT=self.real_BT.to(device),
             sampled_BT=self.sampled_BT.to(device),
             behaviour_BT=self.behaviour_BT.to(device),
             advantages_BT=self.advantages_BT.to(device),
@@ -67,6 +70,7 @@ def _tensors(samples: Sequence[Sample]) -> Batch:
     teachers = [s.teacher_logprobs for s in samples]
     return Batch(
         ids_BT=pad([s.ids for s in samples], torch.long),
+        real_BT=pad([[True] * len(s.ids) for s in samples], torch.bool),
         sampled_BT=sampled_BT,
         behaviour_BT=pad([s.logprobs for s in samples], torch.float32),
         advantages_BT=pad([s.advantages for s in samples], torch.float32),

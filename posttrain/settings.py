@@ -43,6 +43,10 @@ class LocalEngineConfig(Config):
     """CPU threads of the process."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Bound on the wait for any answer, in seconds."""
+    draft_steps: Annotated[int, Field(ge=0)] = 0
+    """Tokens that the model's draft block proposes at once; at most its ``mtp_num_layers``. Changes speed, not tokens."""
+    record_choices: bool = False
+    """Completions carry what the model chose at every position, for ``trainer.replay_choices``."""
 
 
 class ClippedLoss(Config):
@@ -111,6 +115,10 @@ class TrainerConfig(Config):
     """Precision of the forward; weights and log-probs stay in float32."""
     threads: Annotated[int, Field(gt=0)] = 1
     """CPU threads of the training process."""
+    replay_choices: bool = False
+    """Use the MoE slots and attended columns that the engine chose when it sampled (``engine.record_choices``)."""
+    deterministic: bool = False
+    """Fix the order of every sum on a GPU as well (``posttrain.determinism`` names them); slower there."""
 
 
 class LoopConfig(Config):

@@ -17,8 +17,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from posttrain import determinism
 from posttrain.batch import Batch, pack
 from posttrain.loss import clipped_loss, distill_loss
+from posttrain.model import Longcat2ForCausalLM
+from posttrain.model.outputs import Longcat2CausalOutput
 from posttrain.settings import ClippedLoss, DistillLoss, TrainerConfig
 from posttrain.types import Sample, Weights
 from posttrain.weights import SHM, SharedWeights, state_of
@@ -31,9 +34,13 @@ class Trainer:
         self, model: PreTrainedModel, config: TrainerConfig, loss: ClippedLoss | DistillLoss, total_steps: int
     ):
         torch.set_num_threads(config.threads)
+        if config.deterministic:
+            determinism.enforce()
         self.config, self.loss, self.version = config, loss, 0
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         model.train()
+        if isinstance(model, Longcat2ForCausalLM):
+            model.freeze_idle()
         for name, parameter in model.named_parameters():
             if any(re.search(pattern, name) for pattern in config.freeze):
                 parameter.requires_grad_(False)
@@ -81,8 +88,9 @@ class Trainer:
         for batches, proximal in zip(groups, prox, strict=True):
             if not batches:
                 continue
+            real = sum(int(b.real_BT.sum()) for b in batches)
             for batch, reference in zip(batches, proximal, strict=True):
-                self._accumulate(batch, reference, num_rollouts / parts, totals)
+                self._accumulate(batch, reference, num_rollouts / parts, real, totals)
             norms.append(self._update())
         tokens = totals.pop("tokens")
         means = {k: v / tokens for k, v in totals.items()}
@@ -94,12 +102,17 @@ class Trainer:
         if not math.isfinite(norm):
             raise FloatingPointError(f"gradient norm is {norm} at version {self.version}: lower trainer.lr")
         self.optimizer.step()
+        if isinstance(self.base, Longcat2ForCausalLM):
+            peak, rate = (float(rates[0]) for rates in (self.schedule.base_lrs, self.schedule.get_last_lr()))
+            self.base.model.update_router_biases(rate / peak)
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _accumulate(self, batch: Batch, prox_N: Tensor | None, rollouts: float, totals: dict[str, float]) -> None:
-        pi_N, entropy_N = self._logprobs(batch, True)
+    def _accumulate(
+        self, batch: Batch, prox_N: Tensor | None, rollouts: float, real: int, totals: dict[str, float]
+    ) -> None:
+        pi_N, entropy_N, aux = self._logprobs(batch, True)
         mask_BT = batch.sampled_BT
         mu_N = batch.behaviour_BT[mask_BT]
         if isinstance(self.loss, ClippedLoss):
@@ -112,22 +125,29 @@ class Trainer:
             share_BT = (1.0 / mask_BT.sum(1, keepdim=True).clamp_min(1)).expand_as(mask_BT)
             total, stats = distill_loss(pi_N, mu_N, batch.teacher_BT[mask_BT], share_BT[mask_BT], self.loss)
             total = total / rollouts
+        if aux is not None:
+            total = total + aux * (batch.real_BT.sum().item() / real)
+            totals["aux_loss"] = totals.get("aux_loss", 0.0) + aux.item() * len(pi_N)
         self.accelerator.backward(total)
         stats |= {"entropy": entropy_N.sum().item(), "gap_abs": (pi_N.detach() - mu_N).abs().sum().item()}
         totals["tokens"] += len(pi_N)
         for key, value in stats.items():
             totals[key] = totals.get(key, 0.0) + value
 
-    def _logprobs(self, batch: Batch, with_grad: bool) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies ``[N]`` of the sampled tokens, row by row."""
+    def _logprobs(self, batch: Batch, with_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probs and entropies ``[N]`` of the sampled tokens, row by row; and the model's auxiliary loss, a mean
+        over real tokens, if it has one."""
         batch = batch.to(self.accelerator.device)
+        # Padding is at the right, where causality hides it; our model is told of it for its expert load alone.
+        extra = {"attention_mask": batch.real_BT} if isinstance(self.base, Longcat2ForCausalLM) else {}
         with torch.set_grad_enabled(with_grad):
-            logits_BTV = self.model(input_ids=batch.ids_BT, use_cache=False).logits
+            out = self.model(input_ids=batch.ids_BT, use_cache=False, **extra)
+            logits_BTV = out.logits
             logp_NV = torch.log_softmax(logits_BTV[:, :-1][batch.sampled_BT[:, 1:]].float(), dim=-1)
             pi_N = logp_NV.gather(1, batch.ids_BT[:, 1:][batch.sampled_BT[:, 1:]][:, None])[:, 0]
         with torch.no_grad():
             entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
-        return pi_N, entropy_N
+        return pi_N, entropy_N, out.aux_loss if isinstance(out, Longcat2CausalOutput) else None
 
     def weights(self) -> dict[str, Tensor]:
         """The policy's state dict as the engine's model has it; adapters are added in, without touching the base."""

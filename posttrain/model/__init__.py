@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
+from posttrain.model.causal import Longcat2ForCausalLM
 from posttrain.model.config import Longcat2Config
-from posttrain.model.model import Longcat2ForCausalLM, Longcat2Model
+from posttrain.model.model import Longcat2Model
 
 __all__ = ["Longcat2Config", "Longcat2ForCausalLM", "Longcat2Model"]
 

@@ -1,14 +1,15 @@
-"""Multi-head latent attention (MLA) with a naive and an absorbed path, and the masks both use.
+"""Multi-head latent attention (MLA): dense (naive or absorbed) or over chosen tokens (LSA, LoZA).
 
 Legend: B batch, T current tokens, S cached columns (past and current), H hidden, h heads, N = qk_nope_head_dim,
-R = qk_rope_head_dim, V = v_head_dim, C = kv_lora_rank (latent), P = R / 2.
+R = qk_rope_head_dim, V = v_head_dim, C = kv_lora_rank (latent), P = R / 2, K chosen tokens.
 Source: LongCat-Flash report arXiv 2509.01322 Eq. 6-8 (variance scales); absorbed form: DeepSeek-V2 arXiv 2405.04434.
 
-Cache protocol: ``update(latents [B, 1, T, C], rotated shared keys [B, 1, T, R], attention_id)``; the latents are
-normed and scaled. Sparse attention (LSA) would add one key set per shortcut layer and narrow ``AttentionPlan``.
+Cache protocol: ``update(latents [B, 1, T, C], rotated shared keys [B, 1, T, R], config.attention_cache_id(id))``;
+the latents are normed and scaled.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +17,14 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from posttrain.model.config import Longcat2Config
+from posttrain.model.index_loss import index_loss
+from posttrain.model.indexer import IndexQueries, LongcatIndexer
+from posttrain.model.norm import LongcatRMSNorm
 from posttrain.model.rope import rotate, softmax_scale
-
-
-class LongcatRMSNorm(nn.Module):
-    """Root mean square norm over the last axis, statistics in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Normed x times weight times ``scale``, same shape and dtype as x."""
-        weight = self.weight if scale == 1.0 else self.weight * scale
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+from posttrain.model.selection import select
+from posttrain.model.sparse import sparse_attend
+from posttrain.model.streaming import streaming_columns
+from posttrain.model.visibility import Visibility
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +37,32 @@ class AttentionPlan:
     """True: no bias, no past; query t sees keys 0..t."""
     absorbed: bool
     """True: attend in latent space; False: expand keys and values per head."""
-    key_length: int | None
-    """Columns to use of what the cache returns; None: all (slot buffers)."""
+    key_length: int
+    """Columns to use of what the cache returns, S."""
+    visibility: Visibility
+    """What each token sees."""
+    sparse: bool
+    """Whether LSA chooses: more columns than ``index_topk``, and not the indexers' warm-up."""
+    learn_index: bool
+    """Whether the indexers' loss is wanted."""
+    live: Tensor | None
+    """Bool [B, T], False on padding; None: no padding."""
+
+
+class IndexSet(NamedTuple):
+    """What the owner of an indexer hands on to the attentions that share it."""
+
+    columns_BTK: Tensor | None
+    """Chosen columns, int32, -1 for none; None: everything that is seen."""
+    queries: IndexQueries | None
+    """Present only when the loss is wanted."""
+
+
+class Attended(NamedTuple):
+    out_BTH: Tensor
+    chosen: IndexSet | None
+    index_loss: Tensor | None
+    """KL of this attention's weights to the indexer's (arXiv 2608.01662), mean over tokens."""
 
 
 class LongcatMLA(nn.Module):
@@ -52,7 +70,7 @@ class LongcatMLA(nn.Module):
 
     def __init__(self, config: Longcat2Config, attention_id: int) -> None:
         super().__init__()
-        self.attention_id = attention_id
+        self.attention_id, self.cache_id = attention_id, config.attention_cache_id(attention_id)
         self.heads = config.num_attention_heads
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.latent = config.kv_lora_rank
@@ -68,20 +86,113 @@ class LongcatMLA(nn.Module):
         self.alpha_kv = (hidden / self.latent) ** 0.5 if config.mla_scale_kv_lora else 1.0
         # alpha_q scales the whole query, so it is folded into the softmax scale
         self.logit_scale = softmax_scale(self.nope + self.rope, config.rope_parameters or {}) * alpha_q
+        self.config = config
+        self.streaming = config.streams(attention_id)
+        if config.owns_indexer(attention_id):
+            self.indexer = LongcatIndexer(config, attention_id, alpha_q)
 
-    def forward(self, x_BTH: Tensor, rotations_BTP: Tensor, plan: AttentionPlan, cache: Cache | None) -> Tensor:
-        """Attention output [B, T, H] for normed input; writes the cache once when there is one."""
-        q_BThD = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTH))).unflatten(-1, (self.heads, -1))
-        q_nope, q_rope = q_BThD.split((self.nope, self.rope), dim=-1)
-        q_rope = rotate(q_rope, rotations_BTP.unsqueeze(2))
-        latent_BTC, k_rope = self.kv_a_proj_with_mqa(x_BTH).split((self.latent, self.rope), dim=-1)
-        latent_BSC = self.kv_a_layernorm(latent_BTC, self.alpha_kv)
-        k_rope_BSR = rotate(k_rope, rotations_BTP)
+    def forward(
+        self,
+        x_BTH: Tensor,
+        rotations_BTP: Tensor,
+        plan: AttentionPlan,
+        cache: Cache | None,
+        shared: IndexSet | None = None,
+        replay_BTK: Tensor | None = None,
+    ) -> Attended:
+        """Attention output for normed input; writes the cache once when there is one.
+
+        Args:
+            shared: the owner's set, for an attention without an indexer.
+            replay_BTK: columns to attend to in place of the indexer's choice.
+        """
+        c_q_BTQ, q_nope, q_rope = self.queries(x_BTH, rotations_BTP)
+        latent_BSC, k_rope_BSR = self.keys(x_BTH, rotations_BTP)
         if cache is not None:
-            keys, values = cache.update(latent_BSC.unsqueeze(1), k_rope_BSR.unsqueeze(1), self.attention_id)
+            keys, values = cache.update(latent_BSC.unsqueeze(1), k_rope_BSR.unsqueeze(1), self.cache_id)
             latent_BSC, k_rope_BSR = keys[:, 0, : plan.key_length], values[:, 0, : plan.key_length]
-        attend = self._absorbed if plan.absorbed else self._naive
-        return self.o_proj(attend(q_nope, q_rope, latent_BSC, k_rope_BSR, plan))
+        index = shared
+        if self.config.owns_indexer(self.attention_id):
+            index = self._index(x_BTH, c_q_BTQ, rotations_BTP, plan, cache, replay_BTK)
+        columns_BTK = index.columns_BTK if index is not None else None
+        if self.streaming:
+            columns_BTK = streaming_columns(plan.visibility, self.config)
+        if columns_BTK is not None:
+            out_BTD = self._sparse(q_nope, q_rope, latent_BSC, k_rope_BSR, columns_BTK)
+        else:
+            attend = self._absorbed if plan.absorbed else self._naive
+            out_BTD = attend(q_nope, q_rope, latent_BSC, k_rope_BSR, plan)
+        loss = None
+        if index is not None and index.queries is not None:
+            with torch.no_grad():
+                q_BThE = self.latent_queries(q_nope, q_rope)
+                kv_BSE = torch.cat((latent_BSC, k_rope_BSR), dim=-1)
+            loss = index_loss(index.queries, q_BThE, kv_BSE, columns_BTK, plan.visibility, plan.live)
+        return Attended(self.o_proj(out_BTD), index, loss)
+
+    def queries(self, x_BTH: Tensor, rotations_BTP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed query latent [B, T, q_lora_rank], and per head the part free of position and the rotated part."""
+        c_q_BTQ = self.q_a_layernorm(self.q_a_proj(x_BTH))
+        q_BThD = self.q_b_proj(c_q_BTQ).unflatten(-1, (self.heads, -1))
+        q_nope, q_rope = q_BThD.split((self.nope, self.rope), dim=-1)
+        return c_q_BTQ, q_nope, rotate(q_rope, rotations_BTP.unsqueeze(2))
+
+    def keys(self, x_BTH: Tensor, rotations_BTP: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed and scaled latents [B, T, C], rotated shared keys [B, T, R]."""
+        latent_BTC, k_rope = self.kv_a_proj_with_mqa(x_BTH).split((self.latent, self.rope), dim=-1)
+        return self.kv_a_layernorm(latent_BTC, self.alpha_kv), rotate(k_rope, rotations_BTP)
+
+    def _index(
+        self,
+        x_BTH: Tensor,
+        c_q_BTQ: Tensor,
+        rotations_BTP: Tensor,
+        plan: AttentionPlan,
+        cache: Cache | None,
+        replay_BTK: Tensor | None,
+    ) -> IndexSet:
+        """Index keys are kept from the first token on; queries are made only where there is something to choose."""
+        k_BSD = self.indexer.keys(x_BTH, rotations_BTP, cache, plan.key_length)
+        choose = plan.sparse and replay_BTK is None
+        if not choose and not plan.learn_index:
+            return IndexSet(replay_BTK if plan.sparse else None, None)
+        queries = self.indexer.queries(x_BTH, c_q_BTQ, rotations_BTP, k_BSD)
+        columns_BTK = (
+            select(queries, plan.visibility, self.config, self.attention_id // self.config.cli_factor)
+            if choose
+            else replay_BTK
+        )
+        return IndexSet(columns_BTK if plan.sparse else None, queries if plan.learn_index else None)
+
+    def _sparse(
+        self, q_nope_BThN: Tensor, q_rope_BThR: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, columns_BTK: Tensor
+    ) -> Tensor:
+        """Attends in latent space to the chosen columns only; returns [B, T, h * V]."""
+        q_BThE = self.latent_queries(q_nope_BThN, q_rope_BThR)
+        if columns_BTK.shape[1] * columns_BTK.shape[2] < latent_BSC.shape[1]:
+            # A step of decoding copies what was chosen, not the whole cache.
+            rows_BM = columns_BTK.flatten(1).clamp(min=0).long()
+            latent_BSC, k_rope_BSR = (
+                x.gather(1, rows_BM.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in (latent_BSC, k_rope_BSR)
+            )
+            places = torch.arange(rows_BM.shape[1], device=rows_BM.device).view(1, *columns_BTK.shape[1:])
+            columns_BTK = places.masked_fill(columns_BTK < 0, -1)
+        kv_BSE = torch.cat((latent_BSC, k_rope_BSR), dim=-1)
+        mixed_BThC = sparse_attend(q_BThE, kv_BSE, columns_BTK, self.latent)
+        return self.values(mixed_BThC)
+
+    def latent_queries(self, q_nope_BThN: Tensor, q_rope_BThR: Tensor) -> Tensor:
+        """Scaled queries against ``[latent | rotated key]`` rows, [B, T, h, C + R]."""
+        w_k_hNC = self._kv_b_weight().unflatten(0, (self.heads, -1))[:, : self.nope]
+        q_hMN = q_nope_BThN.flatten(0, 1).transpose(0, 1)  # M = B * T
+        q_latent = torch.bmm(q_hMN, w_k_hNC).transpose(0, 1).unflatten(0, q_nope_BThN.shape[:2])
+        return torch.cat((q_latent, q_rope_BThR), dim=-1) * self.logit_scale
+
+    def values(self, mixed_BThC: Tensor) -> Tensor:
+        """Values per head of mixed latents, [B, T, h * V]."""
+        w_v_hVC = self._kv_b_weight().unflatten(0, (self.heads, -1))[:, self.nope :]
+        out_hMV = torch.bmm(mixed_BThC.flatten(0, 1).transpose(0, 1), w_v_hVC.mT)
+        return out_hMV.transpose(0, 1).reshape(*mixed_BThC.shape[:2], -1)
 
     def _naive(
         self, q_nope_BThN: Tensor, q_rope_BThR: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, plan: AttentionPlan
@@ -105,11 +216,10 @@ class LongcatMLA(nn.Module):
         self, q_nope_BThN: Tensor, q_rope_BThR: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, plan: AttentionPlan
     ) -> Tensor:
         """All heads attend to the shared latents (multi-query); returns [B, T, h * V]."""
-        batch, tokens = q_nope_BThN.shape[:2]
-        w_k_hNC, w_v_hVC = self._kv_b_weight().unflatten(0, (self.heads, -1)).split((self.nope, self.value), dim=1)
-        q_nope_hMN = q_nope_BThN.flatten(0, 1).transpose(0, 1) * self.logit_scale  # M = B * T
-        q_latent = torch.bmm(q_nope_hMN, w_k_hNC).transpose(0, 1).reshape(batch, tokens * self.heads, -1)
-        q_rope = q_rope_BThR.flatten(1, 2) * self.logit_scale
+        tokens = q_nope_BThN.shape[1]
+        q_latent, q_rope = (
+            self.latent_queries(q_nope_BThN, q_rope_BThR).flatten(1, 2).split((self.latent, self.rope), dim=-1)
+        )
         logits = torch.bmm(q_latent, latent_BSC.mT)  # rows ordered (token, head)
         logits = torch.baddbmm(logits, q_rope, k_rope_BSR.mT)
         if plan.bias is not None:
@@ -118,9 +228,7 @@ class LongcatMLA(nn.Module):
                 bias_BTS = bias_BTS.repeat_interleave(self.heads, dim=1)
             logits = logits + bias_BTS
         weights = logits.softmax(dim=-1, dtype=torch.float32).to(latent_BSC.dtype)
-        mixed_hMC = torch.bmm(weights, latent_BSC).view(batch * tokens, self.heads, -1).transpose(0, 1)
-        out_hMV = torch.bmm(mixed_hMC, w_v_hVC.mT)
-        return out_hMV.transpose(0, 1).reshape(batch, tokens, -1)
+        return self.values(torch.bmm(weights, latent_BSC).unflatten(1, (tokens, self.heads)))
 
     def _kv_b_weight(self) -> Tensor:
         """Weight of kv_b_proj [h * (N + V), C]; of the wrapped map when an adapter replaced the plain layer."""
@@ -142,9 +250,3 @@ def absorbed_is_cheaper(config: Longcat2Config, tokens: int, columns: int) -> bo
 def additive_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where ``allowed`` (bool) else the lowest finite value: a fully masked row stays finite."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
-
-
-def causal_allowed(tokens: int, past: int, device: torch.device) -> Tensor:
-    """Bool [1, 1, T, S]: query t (column past + t) sees columns up to itself."""
-    rows = torch.arange(past, past + tokens, device=device)
-    return (torch.arange(past + tokens, device=device) <= rows.unsqueeze(1))[None, None]

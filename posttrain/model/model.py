@@ -1,29 +1,34 @@
-"""LongCat-2.0 style decoder for transformers: ``Longcat2Model`` and ``Longcat2ForCausalLM``.
+"""LongCat-2.0 style decoder for transformers (``causal`` puts the head on it).
 
 Legend: B batch, T current tokens, S cached columns, H hidden, V vocabulary, G number of n-gram tables.
 
 Cache protocol, one ``past_key_values.update`` each per forward:
-* attention id a in 0..2L-1: latents [B, 1, T, kv_lora_rank] as keys, rotated shared keys [B, 1, T, rope] as values;
-* with n-gram on, id 2L: token ids int64 [B, 1, T, 1] as both (padding stored as -1).
-Any transformers cache that grows works; see ``posttrain.model.plan`` for slot buffers. Sparse attention and MTP are
-not here: they would hang on ``LongcatMLA`` and on the normed output of ``Longcat2Model``.
+* each attention: latents [B, 1, T, kv_lora_rank] as keys, rotated shared keys [B, 1, T, rope] as values;
+* each indexer: its keys [B, 1, T, index_head_dim], values of no width;
+* with n-gram on: token ids int64 [B, 1, T, 1] as both (padding stored as -1).
+The config's ``*_cache_id`` methods say where. Any transformers cache that grows works; see ``posttrain.model.plan`` for
+slot buffers. The draft block (``model.mtp``) has two places after these, written by ``draft`` alone.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from posttrain.model.attention import LongcatRMSNorm
+from posttrain.model.balance import bias_update, hidden_z_loss, slot_counts
 from posttrain.model.config import Longcat2Config
-from posttrain.model.layer import ShortcutLayer
+from posttrain.model.layer import LayerOutput, LayerReplay, ShortcutLayer
 from posttrain.model.moe import LongcatRoutedBank, LongcatRouter
+from posttrain.model.mtp import LongcatMTP
 from posttrain.model.ngram import PADDING, NgramHasher, table_rows
-from posttrain.model.plan import AttentionPath, ForwardPlan, ForwardShape, make_plan
+from posttrain.model.norm import LongcatRMSNorm
+from posttrain.model.outputs import Longcat2Output, total
+from posttrain.model.plan import AttentionPath, ForwardPlan, ForwardShape, IndexerStage, Ways, make_plan
 from posttrain.model.rope import inverse_frequencies, rotations
 
 
@@ -57,7 +62,9 @@ class Longcat2PreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _can_compile_fullgraph = False
-    _keep_in_fp32_modules_strict = {"router.classifier", "e_score_correction_bias"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"router.classifier", "e_score_correction_bias", "weights_proj"}  # noqa: RUF012
+    # The draft block reads the model's own word embedding, of which official checkpoints hold a copy, and no n-grams.
+    _keys_to_ignore_on_load_unexpected = [r"mtp\.embed_tokens", r"mtp\.oe_embed_"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -83,7 +90,7 @@ class Longcat2PreTrainedModel(PreTrainedModel):
 
 
 class Longcat2Model(Longcat2PreTrainedModel):
-    """Embedding, ``num_layers`` shortcut layers and the final norm."""
+    """Embedding, ``num_layers`` shortcut layers, the final norm and the draft block."""
 
     def __init__(self, config: Longcat2Config) -> None:
         super().__init__(config)
@@ -93,8 +100,11 @@ class Longcat2Model(Longcat2PreTrainedModel):
         self.layers = nn.ModuleList([ShortcutLayer(config, i) for i in range(config.num_layers)])
         self.norm = LongcatRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = LongcatRotary(config)
+        self.mtp: LongcatMTP | None = LongcatMTP(config) if config.mtp_num_layers else None
         self.gradient_checkpointing = False
-        self.attention_path: AttentionPath = "auto"
+        self.ways = Ways()
+        self.load: Tensor | None = None
+        """Routings to each slot since the biases were last updated, float32 [L, N + Z]."""
         self.post_init()
 
     def _add_ngram_modules(self, config: Longcat2Config) -> None:
@@ -120,10 +130,30 @@ class Longcat2Model(Longcat2PreTrainedModel):
         return [getattr(self, f"oe_embed_proj{t}") for t in range(self.config.num_ngram_tables)]
 
     def set_attention_path(self, path: AttentionPath) -> None:
-        """Forces the naive or the absorbed attention path, or returns the choice to the model ("auto")."""
+        """Forces the naive or the absorbed path of dense attention, or returns the choice to the model ("auto")."""
         if path not in ("auto", "naive", "absorbed"):
             raise ValueError(f"attention path {path!r} is unknown; use 'auto', 'naive' or 'absorbed'")
-        self.attention_path = path
+        self.ways = replace(self.ways, path=path)
+
+    def set_indexer_stage(self, stage: IndexerStage) -> None:
+        """ "dense": attend to everything while the indexers learn from it; "sparse": attend to what they choose."""
+        if stage not in ("dense", "sparse"):
+            raise ValueError(f"indexer stage {stage!r} is unknown; use 'dense' or 'sparse'")
+        self.ways = replace(self.ways, stage=stage)
+
+    def update_router_biases(self, decay: float = 1.0) -> None:
+        """One step of the bias controller on the routings counted since the last one, over all processes; ``decay``
+        scales ``router_bias_update_rate``. Does nothing when the rate is 0."""
+        counts_LE, self.load = self.load, None
+        if counts_LE is None:
+            return
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts_LE)
+        routers = [module for module in self.modules() if isinstance(module, LongcatRouter)]
+        for router, counts_E in zip(routers, counts_LE, strict=True):
+            router.e_score_correction_bias += bias_update(
+                counts_E, self.config, self.config.router_bias_update_rate * decay
+            )
 
     @can_return_tuple
     def forward(
@@ -135,8 +165,10 @@ class Longcat2Model(Longcat2PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_choices: bool = False,
+        replay: Sequence[LayerReplay] | None = None,
         **_: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> Longcat2Output:
         """Runs the decoder.
 
         Args:
@@ -148,6 +180,8 @@ class Longcat2Model(Longcat2PreTrainedModel):
             inputs_embeds: [B, T, H] instead of input_ids; only with n-gram off.
             use_cache: None means ``config.use_cache`` outside training mode.
             output_hidden_states: also return the embedding, each layer's output, the last one after the final norm.
+            output_choices: also return the MoE slots and the index sets.
+            replay: one a layer, what to choose in place of its own choice.
 
         Returns:
             last_hidden_state [B, T, H] after the final norm.
@@ -166,21 +200,38 @@ class Longcat2Model(Longcat2PreTrainedModel):
         past = 0 if past_key_values is None or slots else int(past_key_values.get_seq_length())
         batch, tokens = source.shape[:2]
         shape = ForwardShape(batch, tokens, past, source.device, self.embed_tokens.weight.dtype)
-        plan = make_plan(self.config, shape, attention_mask, position_ids, past_key_values, self.attention_path)
+        learns = self.training and torch.is_grad_enabled()
+        ways = replace(self.ways, learn_index=learns and self.config.indexer_loss_coef > 0)
+        plan = make_plan(self.config, shape, attention_mask, position_ids, past_key_values, ways)
         x_BTH = source if inputs_embeds is not None else self._embed(source, plan, past_key_values)
         rotations_BTP = self.rotary(plan.position_ids)
-        states = [x_BTH]
-        for layer in self.layers:
-            x_BTH = layer(x_BTH, rotations_BTP, plan.attention, past_key_values=past_key_values)
+        states, layers = [x_BTH], []
+        for layer, choices in zip(self.layers, replay or [LayerReplay()] * len(self.layers), strict=True):
+            out = LayerOutput(*layer(x_BTH, rotations_BTP, plan.attention, choices, past_key_values=past_key_values))
+            x_BTH = out.x_BTH
             states.append(x_BTH)
+            layers.append(out)
+        if learns and self.config.router_bias_update_rate:
+            self._count(layers, plan)
+        z_loss = hidden_z_loss(x_BTH, plan.live) if learns and self.config.z_loss_coef else None
         states[-1] = x_BTH = self.norm(x_BTH)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        return BaseModelOutputWithPast(
+        return Longcat2Output(
             last_hidden_state=x_BTH,
             past_key_values=past_key_values,
             hidden_states=tuple(states) if output_hidden_states else None,
+            slots=tuple(out.slots_BTK for out in layers) if output_choices else None,
+            index_sets=tuple(out.columns_BTOK for out in layers) if output_choices else None,
+            index_loss=total([out.index_loss for out in layers]),
+            balance_loss=total([out.balance_loss for out in layers], 1 / len(layers)),
+            z_loss=z_loss,
+            plan=plan,
         )
+
+    def _count(self, layers: Sequence[LayerOutput], plan: ForwardPlan) -> None:
+        counts_LE = torch.stack([slot_counts(o.slots_BTK, plan.live, self.config.num_moe_slots) for o in layers])
+        self.load = counts_LE if self.load is None else self.load + counts_LE
 
     def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if inputs_embeds is not None and self.config.use_ngram:
@@ -207,67 +258,6 @@ class Longcat2Model(Longcat2PreTrainedModel):
         history_BS = ids_BT if plan.live is None else ids_BT.masked_fill(~plan.live, PADDING)
         if cache is not None:
             column = history_BS[:, None, :, None]
-            stored = cache.update(column, column, self.config.num_attentions)[0][:, 0, :, 0]
-            if plan.slots:
-                return hasher.gather(stored, plan.position_ids)
+            stored = cache.update(column, column, self.config.ngram_cache_id)[0][:, 0, :, 0]
             history_BS = stored[:, : plan.attention.key_length]
-        context_BTn = hasher.window(history_BS, ids_BT.shape[1])
-        # a position smaller than the step back means another document of a packed row
-        steps_n = torch.arange(hasher.context, device=ids_BT.device)
-        return context_BTn.masked_fill(plan.position_ids.unsqueeze(-1) < steps_n, PADDING)
-
-
-class Longcat2ForCausalLM(Longcat2PreTrainedModel, GenerationMixin):
-    """``Longcat2Model`` with an untied output head."""
-
-    def __init__(self, config: Longcat2Config) -> None:
-        super().__init__(config)
-        self.model = Longcat2Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def set_attention_path(self, path: AttentionPath) -> None:
-        """See ``Longcat2Model.set_attention_path``."""
-        self.model.set_attention_path(path)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Next-token logits [B, T, V]; see ``Longcat2Model.forward`` for the inputs.
-
-        Args:
-            labels: int64 [B, T], -100 ignored; shifted inside. ``loss`` is the mean cross entropy (or the sum divided
-                by ``num_items_in_batch`` when that keyword is given).
-            logits_to_keep: n > 0: only the last n positions; a 1-D index tensor: those positions; 0: all.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=kwargs.pop("output_hidden_states", None),
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits_BTV,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        return hasher.contexts(history_BS, plan.attention.visibility)

@@ -5,10 +5,13 @@ sent to routed ones (at most T * K).
 Source: LongCat-Flash report arXiv 2509.01322, section 2.1; identity scaling follows the published modelling code.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.model.balance import device_balance_loss
 from posttrain.model.config import Longcat2Config
 
 
@@ -40,8 +43,8 @@ class LongcatRouter(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, config.num_moe_slots, bias=False, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_moe_slots, dtype=torch.float32))
 
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Routes each token.
+    def forward(self, x_TH: Tensor, replay_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Routes each token; with ``replay_TK`` to the slots that it names (a row that starts with -1: free choice).
 
         Returns:
             scores_TE: softmax over all N + Z slots, float32 (for load-balance losses).
@@ -51,6 +54,8 @@ class LongcatRouter(nn.Module):
         with torch.autocast(x_TH.device.type, enabled=False):
             scores_TE = self._logits(x_TH.float()).softmax(dim=-1)
         slots_TK = torch.topk(scores_TE.detach() + self.e_score_correction_bias, self.topk, dim=-1, sorted=False)[1]
+        if replay_TK is not None:
+            slots_TK = torch.where(replay_TK[:, :1] < 0, slots_TK, replay_TK.long())
         weights_TK = scores_TE.gather(1, slots_TK)
         if self.scale_identity:
             weights_TK = weights_TK * self.gamma
@@ -80,20 +85,36 @@ class LongcatRoutedBank(nn.Module):
         return F.grouped_mm(F.silu(gate) * up, self.down_proj.to(x_MH.dtype).mT, offs=ends_N)
 
 
+class Routed(NamedTuple):
+    out_BTH: Tensor
+    slots_BTK: Tensor
+    """Slots that were used, int64; identity slot N on padding."""
+    balance_loss: Tensor | None
+
+
 class LongcatMoE(nn.Module):
     """Routed SwiGLUs plus identity slots. Tokens are sorted by slot, so cost grows with M, not with N * T."""
 
     def __init__(self, config: Longcat2Config) -> None:
         super().__init__()
+        self.config = config
         self.n_routed = config.n_routed_experts
         self.router = LongcatRouter(config)
         self.experts = LongcatRoutedBank(config)  # the checkpoint's name for the routed bank
 
-    def forward(self, x_BTH: Tensor) -> Tensor:
-        """[B, T, H] -> [B, T, H]."""
+    def forward(self, x_BTH: Tensor, live_BT: Tensor | None = None, replay_BTK: Tensor | None = None) -> Routed:
+        """Output [B, T, H]. Padding (``live_BT`` False) goes to an identity slot and costs no matmul."""
         x_TH = x_BTH.flatten(0, -2)
-        _, weights_TK, slots_TK = self.router(x_TH)
-        return self.combine(x_TH, weights_TK, slots_TK).view_as(x_BTH)
+        live_T = None if live_BT is None else live_BT.expand(x_BTH.shape[:2]).flatten()
+        replay_TK = None if replay_BTK is None else replay_BTK.flatten(0, -2)
+        scores_TE, weights_TK, slots_TK = self.router(x_TH, replay_TK)
+        if live_T is not None and self.config.zero_expert_num:
+            slots_TK = torch.where(live_T.unsqueeze(1), slots_TK, self.n_routed)
+        loss = None
+        if self.training and self.config.router_aux_loss_coef and torch.is_grad_enabled():
+            loss = device_balance_loss(scores_TE, slots_TK, live_T, self.config)
+        out_BTH = self.combine(x_TH, weights_TK, slots_TK).view_as(x_BTH)
+        return Routed(out_BTH, slots_TK.view(*x_BTH.shape[:2], -1), loss)
 
     def combine(self, x_TH: Tensor, weights_TK: Tensor, slots_TK: Tensor) -> Tensor:
         """Weighted sum of the chosen slots' outputs, [T, H], for a given routing."""

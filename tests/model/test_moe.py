@@ -52,14 +52,14 @@ def test_moe_equals_the_definition(rows: int, seed: int) -> None:
     for scaled, identity_gamma in ((True, GAMMA), (False, 1.0)):
         moe = _moe(scale_identity_experts=scaled)
         with torch.no_grad():
-            got, want = moe(x.unsqueeze(0))[0], _reference(moe, x, identity_gamma)
+            got, want = moe(x.unsqueeze(0)).out_BTH[0], _reference(moe, x, identity_gamma)
         assert (got - want).abs().max() < 1e-5
 
 
 def test_gradients_equal_the_definition() -> None:
     moe, x = _moe(), _states(17).requires_grad_()
     parameters = [x, *moe.parameters()]
-    mine = torch.autograd.grad(moe(x.unsqueeze(0)).square().sum(), parameters)
+    mine = torch.autograd.grad(moe(x.unsqueeze(0)).out_BTH.square().sum(), parameters)
     reference = torch.autograd.grad(_reference(moe, x).square().sum(), parameters)
     for a, b in zip(mine, reference, strict=True):
         assert (a - b).abs().max() < 1e-4 * max(1.0, float(b.abs().max()))
@@ -68,9 +68,9 @@ def test_gradients_equal_the_definition() -> None:
 def test_adding_a_constant_to_all_biases_changes_nothing() -> None:
     moe, x = _moe(), _states(50)
     with torch.no_grad():
-        before = moe(x.unsqueeze(0))
+        before = moe(x.unsqueeze(0)).out_BTH
         moe.router.e_score_correction_bias += 0.25
-        assert (moe(x.unsqueeze(0)) - before).abs().max() < 1e-6
+        assert (moe(x.unsqueeze(0)).out_BTH - before).abs().max() < 1e-6
 
 
 def test_a_bias_changes_selection_but_not_weights() -> None:
@@ -90,18 +90,18 @@ def test_identity_only_tokens_are_scaled_copies() -> None:
         moe.router.e_score_correction_bias[N:] += 10
         scores, _, slots = moe.router(x)
         assert (slots >= N).all()
-        got = moe(x.unsqueeze(0))[0]
+        got = moe(x.unsqueeze(0)).out_BTH[0]
         want = GAMMA * scores[:, N:].sum(dim=1, keepdim=True) * x
     assert (got - want).abs().max() < 1e-6
     x.requires_grad_()
-    moe(x.unsqueeze(0)).sum().backward()  # an empty routed batch still gives (zero) gradients
+    moe(x.unsqueeze(0)).out_BTH.sum().backward()  # an empty routed batch still gives (zero) gradients
     assert float(moe.experts.gate_up_proj.grad.abs().max()) == 0  # type: ignore[union-attr]
 
 
 def test_router_without_identity_slots() -> None:
     moe, x = _moe(zero_expert_num=0), _states(9)
     with torch.no_grad():
-        assert (moe(x.unsqueeze(0))[0] - _reference(moe, x)).abs().max() < 1e-5
+        assert (moe(x.unsqueeze(0)).out_BTH[0] - _reference(moe, x)).abs().max() < 1e-5
 
 
 def test_router_stays_in_float32_in_a_bf16_model() -> None:
@@ -117,7 +117,7 @@ def test_only_the_chosen_weights_get_gradients() -> None:
     moe, x = _moe(moe_topk=1), _states(30)
     with torch.no_grad():
         moe.router.e_score_correction_bias[2] += 10
-    moe(x.unsqueeze(0)).sum().backward()
+    moe(x.unsqueeze(0)).out_BTH.sum().backward()
     touched = moe.experts.down_proj.grad.abs().amax(dim=(1, 2)) > 0  # type: ignore[union-attr]
     assert touched.tolist() == [index == 2 for index in range(N)]
 

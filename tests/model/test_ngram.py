@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from posttrain.model import Longcat2Config
 from posttrain.model.ngram import PADDING, NgramHasher, table_rows
+from posttrain.model.visibility import Visibility
 from tests.model.longcat2_tiny import NGRAM, SHAPE, tiny, tokens
 
 V, N, K, EOS = SHAPE["vocab_size"], NGRAM["oe_neighbor_num"], NGRAM["oe_split_num"], 2
@@ -27,6 +28,10 @@ def _reference_ids(row: list[int], vocab: int, order_max: int, splits: int, base
     return result
 
 
+def _causal(tokens: int) -> Visibility:
+    return Visibility.causal(tokens, 0, torch.device("cpu"))
+
+
 def test_hand_computed_ids() -> None:
     config = Longcat2Config(
         **{**SHAPE, "vocab_size": 10}, oe_vocab_size_ratio=1.2, oe_neighbor_num=3, oe_split_num=1, eos_token_id=2
@@ -34,7 +39,7 @@ def test_hand_computed_ids() -> None:
     assert table_rows(config) == [13, 15]
     hasher = NgramHasher(config)
     row = torch.tensor([[4, 7, 2, 5, 6, 3]])
-    got = hasher.ids(hasher.window(row, 6))
+    got = hasher.ids(hasher.contexts(row, _causal(6)))
     # position 2 is an EOS that looks back over its own segment; position 3 starts afresh
     want = [[4, 4], [47 % 13, 47 % 15], [72 % 13, 472 % 15], [5, 5], [56 % 13, 56 % 15], [63 % 13, 563 % 15]]
     assert want == [[4, 4], [8, 2], [7, 7], [5, 5], [4, 11], [11, 8]]
@@ -57,7 +62,7 @@ def test_table_rows_of_the_published_models() -> None:
 def test_ids_equal_the_definition(row: list[int]) -> None:
     hasher = NgramHasher(Longcat2Config(**SHAPE, **NGRAM))
     base = int(NGRAM["oe_vocab_size_ratio"] * V)
-    got = hasher.ids(hasher.window(torch.tensor([row]), len(row)))[0].tolist()
+    got = hasher.ids(hasher.contexts(torch.tensor([row]), _causal(len(row))))[0].tolist()
     want = _reference_ids(row, V, N, K, base)
     for token, mine, reference in zip(row, got, want, strict=True):
         if token != PADDING:
@@ -70,7 +75,7 @@ def test_no_overflow_at_published_size() -> None:
     )
     row = [163839, 163838, 163000, 150001, 163839, 77]
     hasher = NgramHasher(config)
-    got = hasher.ids(hasher.window(torch.tensor([row]), len(row)))[0].tolist()
+    got = hasher.ids(hasher.contexts(torch.tensor([row]), _causal(len(row))))[0].tolist()
     assert got == _reference_ids(row, 163840, 5, 4, 16_476_897)
 
 

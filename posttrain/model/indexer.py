@@ -1,0 +1,79 @@
+"""The lightning indexer of LSA: which tokens each token attends to.
+
+Legend: B batch, T current tokens, S cached columns, s some of them, I index heads, D = index_head_dim,
+R rotary width, P = R / 2, Q = q_lora_rank.
+Source: LongCat Sparse Attention, arXiv 2608.01662 (CLI: one indexer for ``cli_factor`` attentions).
+
+Cache protocol: ``update(keys [B, 1, T, D], keys of no width, config.index_cache_id(owner))``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from posttrain.model.config import Longcat2Config
+from posttrain.model.norm import LongcatRMSNorm
+from posttrain.model.rope import rotate, rotate_halves
+
+_CHUNK_SCORES = 1 << 18
+"""Per-head scores alive at once on a CPU: what fits a core's second-level cache is nearly twice as fast."""
+
+
+class IndexQueries(NamedTuple):
+    """What scores are made of; an owner hands it on to the attentions that share its set, for their part in its loss.
+    In the order of ``index_scores``."""
+
+    q_BTID: Tensor
+    w_BTI: Tensor
+    """Float32, every scale folded in."""
+    k_BSD: Tensor
+
+
+class LongcatIndexer(nn.Module):
+    """Scores every visible token for every current one. Learns from its own loss alone: its inputs are detached."""
+
+    def __init__(self, config: Longcat2Config, attention_id: int, alpha_q: float) -> None:
+        super().__init__()
+        self.heads, self.width, self.rope = config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
+        self.cache_id = config.index_cache_id(attention_id)
+        self.turn = rotate if config.indexer_rope_interleave else rotate_halves
+        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.width, bias=False)
+        self.wk = nn.Linear(config.hidden_size, self.width, bias=False)
+        self.k_norm = LongcatRMSNorm(self.width, config.index_k_norm_eps)
+        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False, dtype=torch.float32)
+        # The latent comes in without its variance scale; relu is homogeneous, so the scale can sit on the weights.
+        self.scale = alpha_q * (self.heads * self.width) ** -0.5
+
+    def keys(self, x_BTH: Tensor, rotations_BTP: Tensor, cache: Cache | None, columns: int | None) -> Tensor:
+        """Normed and rotated keys of all columns, [B, S, D]; writes the cache once when there is one."""
+        k_BTD = self._turn(self.k_norm(self.wk(x_BTH.detach())), rotations_BTP)
+        if cache is None:
+            return k_BTD
+        return cache.update(k_BTD.unsqueeze(1), k_BTD[..., :0].unsqueeze(1), self.cache_id)[0][:, 0, :columns]
+
+    def queries(self, x_BTH: Tensor, c_q_BTQ: Tensor, rotations_BTP: Tensor, k_BSD: Tensor) -> IndexQueries:
+        """Queries from the normed query latent, and the weight of every head."""
+        q_BTID = self.wq_b(c_q_BTQ.detach()).unflatten(-1, (self.heads, self.width))
+        q_BTID = self._turn(q_BTID, rotations_BTP.unsqueeze(-2))
+        with torch.autocast(x_BTH.device.type, enabled=False):
+            w_BTI = self.weights_proj(x_BTH.detach().float()) * self.scale
+        return IndexQueries(q_BTID, w_BTI, k_BSD)
+
+    def _turn(self, x: Tensor, rotations_P: Tensor) -> Tensor:
+        """Rotates the first R values, leaves the rest free of position."""
+        return torch.cat((self.turn(x[..., : self.rope], rotations_P), x[..., self.rope :]), dim=-1)
+
+
+def index_scores(q_BTID: Tensor, w_BTI: Tensor, k_BSD: Tensor) -> Tensor:
+    """I_{t,s} = sum_j w_{t,j} relu(q_{t,j} . k_s), float32 [B, T, S]; nothing of T x I x S is made."""
+    batch, tokens, heads, _ = q_BTID.shape
+    q_BMD, k_BSD = q_BTID.float().reshape(batch, tokens * heads, -1), k_BSD.float()  # M = T * I
+    out_BTS = q_BMD.new_empty(batch, tokens, k_BSD.shape[1])
+    width = max(64, _CHUNK_SCORES // max(tokens * heads, 1))
+    for left in range(0, k_BSD.shape[1], width):
+        dots_BMs = torch.bmm(q_BMD, k_BSD[:, left : left + width].mT).relu_()
+        weighed = torch.matmul(w_BTI.unsqueeze(2), dots_BMs.unflatten(1, (tokens, heads)))
+        out_BTS[:, :, left : left + width] = weighed.squeeze(2)
+    return out_BTS
