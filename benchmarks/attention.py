@@ -3,10 +3,10 @@
 One shortcut layer's two attentions with LongCat-2.0's proportions, scaled down: its 64 heads and 32 index heads, an
 eighth of every width, a quarter of the budget (512 = 4 sinks + 256 local + 252 chosen). Both kinds share their
 projections, so two ratios are printed: of attention itself (dense: keys and values expanded from the latents, scores,
-mix; LSA: index projections, scores and choice, once for both attentions, then gather, scores, mix, absorbed projections)
-and of the whole modules. Weights are random: what is chosen does not change the cost, but neighbouring tokens choose
-unlike sets, which is the worst case for the memory. On CUDA (``--device cuda``) in bfloat16; ``--full``: LongCat-2.0's
-own sizes.
+mix; LSA: index projections, scores and choice, once for both attentions, then gather, scores, mix, and the absorbed
+projections) and of the whole modules. Weights are random: what is chosen does not change the cost, but neighbouring
+tokens choose unlike sets, which is the worst case for the memory. On CUDA (``--device cuda``) in bfloat16; ``--full``:
+LongCat-2.0's own sizes.
 """
 
 from __future__ import annotations

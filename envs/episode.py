@@ -125,6 +125,8 @@ async def _converse(
         completion = await engine.generate(state.ids, sampling)
         if not completion.ids:
             return StopReason.CONTEXT_OVERFLOW
+        if completion.choices is not None:  # those of the turns before are among them
+            state.segments = [replace(s, choices=None) for s in state.segments]
         state.segments.append(Segment.from_completion(completion))
         try:
             message = chat.parse(completion.ids, session.tools, task.thinking)

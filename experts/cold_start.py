@@ -7,9 +7,7 @@ twice as fast as one process with two threads.
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import socket
 import threading
 import warnings
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.multiprocessing.spawn import start_processes
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.sft_config import SFTConfig
@@ -32,6 +30,8 @@ from experts.config import ColdStartConfig
 from posttrain import determinism
 from posttrain.files import remove
 from posttrain.model import Longcat2ForCausalLM
+from posttrain.model.checkpoint import load_any
+from posttrain.optim import make_optimizer
 
 _POLL_S = 0.5
 
@@ -116,7 +116,7 @@ def _work(rank: int, job: _Job, steps: Any) -> None:
     torch.set_num_threads(c.threads)
     if c.deterministic:
         determinism.enforce()
-    model = AutoModelForCausalLM.from_pretrained(job.start, dtype=torch.float32)
+    model = load_any(job.start, torch.float32)
     callbacks: list[TrainerCallback] = [_Report(steps)] if rank == 0 else []
     if isinstance(model, Longcat2ForCausalLM):
         model.freeze_idle()
@@ -127,7 +127,7 @@ def _work(rank: int, job: _Job, steps: Any) -> None:
         train_dataset=load_from_disk(job.data),  # pyright: ignore[reportArgumentType]
         processing_class=AutoTokenizer.from_pretrained(job.start),
         callbacks=callbacks,
-        optimizers=(_optimizer(model, c), None),
+        optimizers=(make_optimizer(model.named_parameters(), c), None),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(job.folder)))
@@ -161,17 +161,4 @@ def _arguments(job: _Job) -> SFTConfig:
         data_seed=job.seed,
         dataloader_num_workers=0,
         use_cpu=not torch.cuda.is_available(),
-    )
-
-
-def _optimizer(model: PreTrainedModel, config: ColdStartConfig) -> torch.optim.Optimizer:
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        factor = math.prod(f for pattern, f in config.lr_scales.items() if re.search(pattern, name))
-        groups.setdefault(factor, []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": parameters, "lr": config.lr * factor} for factor, parameters in groups.items()],
-        betas=(0.9, 0.95),
-        weight_decay=config.weight_decay,
-        fused=True,
     )

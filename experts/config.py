@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from experts.credit import GroupCreditConfig
 from posttrain.config import Config
-from posttrain.settings import ClippedLoss, LoopConfig, TrainerConfig
+from posttrain.settings import ClippedLoss, LoopConfig, OptimizerSettings, TrainerConfig
 from rewards import RewardConfig
 
 
-class ColdStartConfig(Config):
+class ColdStartConfig(OptimizerSettings):
     """Supervised fine-tuning on what the worlds demonstrate (TRL's SFTTrainer)."""
 
     demonstrations: Annotated[int, Field(gt=0)] = 12000
@@ -31,12 +31,8 @@ class ColdStartConfig(Config):
     """Data-parallel processes; must divide ``micro_batches``."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate, decayed by a cosine."""
-    lr_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict[str, float])
-    """Regular expression to a factor on the rate of the parameters whose name it matches."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     """Steps over which the rate rises."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW decay."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     threads: Annotated[int, Field(gt=0)] = 1
@@ -55,6 +51,84 @@ class ColdStartConfig(Config):
         if self.clean_steps > self.steps:
             raise ValueError(f"clean_steps: {self.clean_steps} is more than steps, {self.steps}")
         return self
+
+
+class _Conversion(Config):
+    """What both ways from a dense model to a sparse one need. The rows are those of the cold start, made anew."""
+
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    """Conversations a step."""
+    tokens_per_micro_batch: Annotated[int, Field(gt=0)] = 4096
+    """Padded tokens a forward holds."""
+    held_out: Annotated[int, Field(gt=0)] = 64
+    """Conversations that are not trained on: the measures are taken on them."""
+    threads: Annotated[int, Field(gt=0)] = 1
+    """CPU threads."""
+    deterministic: bool = False
+    """Fix the order of every sum on a GPU as well (``posttrain.determinism`` names them); slower there."""
+
+
+class LsaConversion(_Conversion):
+    """Dense attention becomes LSA (arXiv 2608.01662): fresh indexers, their dense warm-up, then the sparse stage."""
+
+    type: Literal["lsa"] = "lsa"
+    index_topk: Annotated[int, Field(gt=0)] = 2048
+    """Tokens a query attends to."""
+    index_init_tokens: Annotated[int, Field(ge=0)] = 16
+    """The first so many of what is seen are always among them."""
+    index_local_tokens: Annotated[int, Field(ge=0)] = 1024
+    """And the last so many."""
+    index_n_heads: Annotated[int, Field(gt=0)] = 32
+    """Heads of an indexer."""
+    index_head_dim: Annotated[int, Field(gt=0)] = 128
+    """Their width; not below the model's ``qk_rope_head_dim``."""
+    cli_factor: Literal[1, 2] = 2
+    """Attentions that one indexer serves."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps in which attention stays dense and the indexers alone learn from it."""
+    warmup_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak rate of the indexers there."""
+    sparse_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps in which attention is sparse: the model learns from the LM loss, the indexers from their own."""
+    sparse_lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak rate of both there."""
+    indexer_loss_coef: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the indexers' loss. The converted model keeps it: experts go on training their indexers."""
+
+    @model_validator(mode="after")
+    def _forced_fit(self) -> LsaConversion:
+        forced = self.index_init_tokens + self.index_local_tokens
+        if forced > self.index_topk:
+            raise ValueError(
+                f"index_topk: {self.index_topk} is below index_init_tokens + index_local_tokens = {forced}"
+            )
+        return self
+
+
+class LozaConversion(_Conversion):
+    """Some attentions come to see the first and the last blocks only (LoZA, arXiv 2512.23966): those that miss the rest
+    least, by a calibration."""
+
+    type: Literal["loza"] = "loza"
+    streaming_block_size: Annotated[int, Field(gt=0)] = 128
+    """Tokens a block."""
+    streaming_sink_blocks: Annotated[int, Field(ge=0)] = 1
+    """First blocks that stay in sight."""
+    streaming_local_blocks: Annotated[int, Field(gt=0)] = 7
+    """Last blocks, the token's own among them."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the attentions, how many stream."""
+    steps: Annotated[int, Field(gt=0)] = 100
+    """Steps of the calibration; the weights are frozen."""
+    lr: Annotated[float, Field(gt=0)] = 0.3
+    """Peak rate of the mixing scalars, by plain SGD."""
+    finetune_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps on the LM loss once they stream."""
+    finetune_lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak rate there."""
+
+
+ConversionConfig = Annotated[LsaConversion | LozaConversion, Field(discriminator="type")]
 
 
 class ExpertConfig(Config):

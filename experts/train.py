@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM
 
-import posttrain.model  # noqa: F401  (registers longcat2)
 from experts.rollouts import Player
 from posttrain.engine.local import LocalEngine
 from posttrain.journal import Journal, read_journal, rollout_from_dict, rollout_to_dict
 from posttrain.loop import Group, Loop
 from posttrain.metrics import Metrics
+from posttrain.model.checkpoint import load_any
 from posttrain.protocols import Credit
 from posttrain.run import RunDir
 from posttrain.settings import ClippedLoss, DistillLoss, LocalEngineConfig, LoopConfig, TrainerConfig
@@ -37,6 +36,8 @@ async def start_engine(config: LocalEngineConfig, folder: Path) -> LocalEngine:
                 max_context=config.max_context,
                 threads=config.threads,
                 timeout_s=config.timeout_s,
+                draft_steps=config.draft_steps,
+                record_choices=config.record_choices,
             )
 
 
@@ -74,7 +75,7 @@ async def run_stage(stage: Stage, run: RunDir, metrics: Metrics, progress: Progr
     folder, journal_path = run.checkpoint(stage.name), run.rollouts(stage.name)
     state_path = folder / "state.pt"
     torch.manual_seed(stage.seed)
-    model = AutoModelForCausalLM.from_pretrained(stage.start, dtype=torch.float32)
+    model = load_any(stage.start, torch.float32)
     trainer = Trainer(model, stage.trainer, stage.loss, stage.loop.steps)
     state = torch.load(state_path, weights_only=True) if state_path.exists() else None
     if state is not None:
@@ -84,8 +85,12 @@ async def run_stage(stage: Stage, run: RunDir, metrics: Metrics, progress: Progr
     engine = await start_engine(stage.engine, stage.start)
     bar = progress.add_task(stage.name, total=stage.loop.steps, completed=trainer.version)
 
+    drafts = engine.stats()
+
     def on_step(version: int, stats: dict[str, float], batch: Sequence[Group]) -> None:
-        metrics.log(version, stage.name, stats | _batch_stats(batch))
+        nonlocal drafts
+        earlier, drafts = drafts, engine.stats()
+        metrics.log(version, stage.name, stats | _batch_stats(batch) | drafts.since(earlier))
         progress.update(bar, completed=version, description=f"{stage.name} {_reading(stats, batch)}")
 
     try:

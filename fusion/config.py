@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from envs.worlds import WorldConfig, make_world
-from experts.config import ColdStartConfig, EvaluationConfig, ExpertConfig
+from experts.config import ColdStartConfig, ConversionConfig, EvaluationConfig, ExpertConfig
 from posttrain.config import Config
 from posttrain.settings import DistillLoss, LocalEngineConfig, LoopConfig, ModelConfig, TrainerConfig
 
@@ -28,7 +28,7 @@ class FusionConfig(Config):
 
 
 class PipelineConfig(Config):
-    """Cold start, experts, fusion, evaluation."""
+    """Cold start, conversion, experts, fusion, evaluation."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Everything random hangs on it."""
@@ -40,6 +40,8 @@ class PipelineConfig(Config):
     """Name to world."""
     cold_start: ColdStartConfig | None = ColdStartConfig()
     """null: the model is used as it is."""
+    conversion: ConversionConfig | None = None
+    """Makes the model's attention sparse before the experts start from it; null: it stays as it is."""
     experts: Annotated[dict[str, ExpertConfig], Field(min_length=1)]
     """Name to expert; the name is the domain it will teach."""
     fusion: FusionConfig = FusionConfig()

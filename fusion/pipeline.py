@@ -1,5 +1,5 @@
-"""Cold start -> experts -> fusion -> evaluation -> report. A stage whose config and inputs have not changed is not
-run again; a stage that was killed goes on where it was."""
+"""Cold start -> conversion -> experts -> fusion -> evaluation -> report. A stage whose config and inputs have not
+changed is not run again; a stage that was killed goes on where it was."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from envs.worlds import make_world
-from experts import cold_start
-from experts.config import ExpertConfig
+from experts import cold_start, conversion
+from experts.config import ColdStartConfig, ExpertConfig
 from experts.credit import GroupCredit
 from experts.demonstrations import dataset, demonstrations, encode, texts
 from experts.evaluate import evaluate, held_out, record
@@ -43,6 +43,7 @@ from posttrain.journal import Journal, read_journal
 from posttrain.loop import derive_seed
 from posttrain.metrics import Metrics
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
+from posttrain.model.checkpoint import load_any
 from posttrain.run import RunDir
 from posttrain.settings import Longcat2Model
 from posttrain.types import Weights
@@ -89,6 +90,16 @@ class Pipeline:
 
     async def base(self) -> Path:
         """The folder of the model that everything starts from."""
+        c, dense = self.config, await self._dense()
+        if c.conversion is None:
+            return dense
+        key = self._digest("conversion", c.conversion, c.cold_start, c.worlds, self.digests["base"])
+        await self._stage("conversion", key, partial(self._convert, dense))
+        self.digests["base"] = key  # what stands on the base stands on the converted one
+        return self.run.checkpoint("conversion")
+
+    async def _dense(self) -> Path:
+        """The folder of the model as the cold start leaves it."""
         c = self.config
         if c.cold_start is None:
             assert not isinstance(c.model, Longcat2Model)  # the config refuses that
@@ -96,6 +107,24 @@ class Pipeline:
             return c.model.path
         await self._stage("base", self._digest("base", c.model, c.cold_start, c.worlds), self._cold_start)
         return self.run.checkpoint("base")
+
+    async def _convert(self, dense: Path, resumed: bool) -> list[Path]:
+        c, folder = self.config.conversion, self.run.checkpoint("conversion")
+        assert c is not None
+        seed = derive_seed(self.config.seed, "conversion") % 2**32
+        like = self.config.cold_start or ColdStartConfig()
+        enough = min(like.demonstrations, c.held_out + conversion.steps_of(c) * c.batch_size)
+        shown = await demonstrations(self.worlds, like.model_copy(update={"demonstrations": enough}), seed)
+        rows = encode(shown, Chat(AutoTokenizer.from_pretrained(dense)))
+        bar = self.progress.add_task("conversion", total=conversion.steps_of(c))
+        self.metrics.rewind("conversion", -1)
+
+        def report(step: int, values: Mapping[str, float]) -> None:
+            self.metrics.log(step, "conversion", values)
+            self.progress.update(bar, completed=step)
+
+        await asyncio.to_thread(conversion.convert, dense, rows, c, folder, seed, report)
+        return [folder / "config.json"]
 
     async def _cold_start(self, resumed: bool) -> list[Path]:
         c, folder = self.config, self.run.checkpoint("base")
@@ -132,7 +161,7 @@ class Pipeline:
             model = Longcat2ForCausalLM(Longcat2Config(vocab_size=c.model.vocab_size, **settings))
         else:
             tokenizer = AutoTokenizer.from_pretrained(c.model.path)
-            model = AutoModelForCausalLM.from_pretrained(c.model.path, dtype=torch.float32)
+            model = load_any(c.model.path, torch.float32)
         model.save_pretrained(start)
         tokenizer.save_pretrained(start)
         chat = Chat(tokenizer)

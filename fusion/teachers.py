@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
-import posttrain.model  # noqa: F401  (registers longcat2)
+from posttrain.model.checkpoint import load_any
 from posttrain.types import TeacherScores
 from posttrain.weights import fingerprint
 
@@ -19,7 +18,7 @@ class ModelTeacher:
     Log-probs are taken at temperature 1 from byte-identical token ids. Not thread-safe."""
 
     def __init__(self, folder: Path, tokens_per_forward: int = 8192) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = load_any(folder, torch.float32)
         self.name = fingerprint(self.model)
         self._budget = tokens_per_forward
 

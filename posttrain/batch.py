@@ -1,18 +1,19 @@
 """Samples packed into tensors.
 
-Shapes: B sequences, T tokens (right-padded). Position t of a per-token tensor speaks of token t, whose log-prob comes
-from the logits at t-1; position 0 is never trained.
+Shapes: B sequences, T tokens (right-padded), L layers, O indexers a layer, K chosen. Position t of a per-token tensor
+speaks of token t, whose log-prob comes from the logits at t-1; position 0 is never trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.types import Sample
+from posttrain.types import Choices, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +30,20 @@ class Batch:
     """Reward-based advantages."""
     teacher_BT: Tensor | None
     """Teacher log-probs, if a teacher gives the signal."""
+    slots_BTLK: Tensor | None = None
+    """Recorded MoE slots of every layer, int32, -1 where there is no record; only on demand."""
+    columns_BTLOK: Tensor | None = None
+    """Recorded columns of every layer's indexers, int32, -1 where there is none; only on demand."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch elsewhere."""
-        teacher = None if self.teacher_BT is None else self.teacher_BT.to(device)
-        return Batch(
-            ids_BT=self.ids_BT.to(device),
-            real_BT=self.real_BT.to(device),
-            sampled_BT=self.sampled_BT.to(device),
-            behaviour_BT=self.behaviour_BT.to(device),
-            advantages_BT=self.advantages_BT.to(device),
-            teacher_BT=teacher,
-        )
+        moved = {f.name: t.to(device) for f in fields(self) if (t := getattr(self, f.name)) is not None}
+        return replace(self, **moved)
 
 
-def pack(samples: Sequence[Sample], tokens_per_micro_batch: int) -> list[Batch]:
+def pack(samples: Sequence[Sample], tokens_per_micro_batch: int, choices: bool = False) -> list[Batch]:
     """Micro-batches of at most that many padded tokens, similar lengths together. Deterministic; at least one
-    sequence a micro-batch, however long."""
+    sequence a micro-batch, however long. ``choices``: with what the model chose, which every sample must have."""
     order = sorted(samples, key=lambda s: (-len(s.ids), s.rollout))
     chunks: list[list[Sample]] = []
     for sample in order:
@@ -53,7 +51,13 @@ def pack(samples: Sequence[Sample], tokens_per_micro_batch: int) -> list[Batch]:
             chunks[-1].append(sample)
         else:
             chunks.append([sample])
-    return [_tensors(chunk) for chunk in chunks]
+    batches = [_tensors(chunk) for chunk in chunks]
+    if choices:
+        recorded = [
+            _choices([s.choices for s in chunk if s.choices is not None], len(chunk[0].ids)) for chunk in chunks
+        ]
+        batches = [replace(b, slots_BTLK=s, columns_BTLOK=c) for b, (s, c) in zip(batches, recorded, strict=True)]
+    return batches
 
 
 def _tensors(samples: Sequence[Sample]) -> Batch:
@@ -76,3 +80,15 @@ def _tensors(samples: Sequence[Sample]) -> Batch:
         advantages_BT=pad([s.advantages for s in samples], torch.float32),
         teacher_BT=None if None in teachers else pad([t for t in teachers if t is not None], torch.float32),
     )
+
+
+def _choices(choices: Sequence[Choices], width: int) -> tuple[Tensor, Tensor | None]:
+    """Slots and, where there are any, columns of right-padded rows."""
+    slots_BTLK = torch.full((len(choices), width, *choices[0].slot_shape), -1, dtype=torch.int32)
+    columns_BTLOK = torch.full((len(choices), width, *choices[0].column_shape), -1, dtype=torch.int32)
+    for row, c in enumerate(choices):
+        slots, columns = np.frombuffer(c.slots, "<u2"), np.frombuffer(c.columns, "<i4")
+        slots_BTLK[row, : c.positions] = torch.tensor(slots.astype(np.int32)).view(-1, *c.slot_shape)
+        if columns.size:
+            columns_BTLOK[row, : c.positions] = torch.tensor(columns.astype(np.int32)).view(-1, *c.column_shape)
+    return slots_BTLK, columns_BTLOK if columns_BTLOK.numel() else None

@@ -20,6 +20,8 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Train Agent, Reasoning and Interaction experts by asynchronous RL and fuse them into one student.",
 )  # fmt: skip
+model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a model is, before there is one.")
+app.add_typer(model_app, name="model")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="a.b.c=VALUE on top of the file; repeatable.")]
@@ -31,6 +33,12 @@ Check = Annotated[bool, typer.Option("--check", help="Only check the config.")]
 def run(config: ConfigPath, out: Out = Path("runs/run"), set_: Overrides = None, check: Check = False) -> None:
     """The whole pipeline: cold start, experts, fusion, evaluation, report."""
     _go(config, out, set_, check, "run")
+
+
+@app.command()
+def convert(config: ConfigPath, out: Out = Path("runs/run"), set_: Overrides = None, check: Check = False) -> None:
+    """Make the attention of the model that everything starts from sparse, training that model if it is not there."""
+    _go(config, out, set_, check, "convert")
 
 
 @app.command()
@@ -66,19 +74,38 @@ def report(directory: Annotated[Path, typer.Argument(help="Directory of a run.",
     print(write_report(RunDir.require(directory)))
 
 
-def _load(path: Path, overrides: list[str] | None, expert_name: str | None) -> PipelineConfig:
+@model_app.command()
+def describe(
+    config: Annotated[
+        Path, typer.Argument(help="YAML of official fields, a config.json, or its folder.", metavar="CONFIG")
+    ],
+) -> None:
+    """Parameters of every part, active parameters and cache bytes of a LongCat model."""
+    from rich.console import Console
+    from transformers.utils.logging import set_verbosity_error
+
+    from posttrain.model.config_files import read_config
+    from posttrain.model.describe import tables
+
+    set_verbosity_error()  # transformers compares YaRN's factor with the length that a model is served at
+    Console().print(*tables(read_config(config)))
+
+
+def _load(path: Path, overrides: list[str] | None, what: str, expert_name: str | None) -> PipelineConfig:
     from fusion.config import PipelineConfig
     from posttrain.config import load
     from posttrain.errors import ConfigError
 
     config = load(PipelineConfig, path, overrides or [])
+    if what == "convert" and config.conversion is None:
+        raise ConfigError(f"{path}: conversion: is not set; configs/tiny/sparse.yaml and zigzag.yaml show one")
     if expert_name is not None and expert_name not in config.experts:
         raise ConfigError(f"{path}: experts: there is no `{expert_name}`; choose one of {', '.join(config.experts)}")
     return config
 
 
 def _go(path: Path, out: Path, overrides: list[str] | None, check: bool, what: str, name: str | None = None) -> None:
-    config = _load(path, overrides, name)
+    config = _load(path, overrides, what, name)
     if check:
         print(f"{path}: good")
         return
@@ -106,6 +133,8 @@ def _go(path: Path, out: Path, overrides: list[str] | None, check: bool, what: s
 
 def _work(pipeline: Pipeline, what: str, name: str | None) -> Coroutine[Any, Any, Any]:
     match what:
+        case "convert":
+            return pipeline.base()
         case "expert":
             assert name is not None
             return pipeline.expert(name)

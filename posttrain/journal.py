@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.types import (
+    Choices,
     Culprit,
     Failure,
     Limits,
@@ -207,6 +210,8 @@ def _segment_to_dict(segment: Segment) -> dict[str, Any]:
     }
     if any(segment.logprobs):  # tokens that were given have none worth writing
         data["logprobs"] = segment.logprobs
+    if segment.choices is not None:
+        data["choices"] = _choices_to_list(segment.choices)
     return data
 
 
@@ -217,6 +222,22 @@ def _segment_from_dict(data: Mapping[str, Any]) -> Segment:
         sampled=tuple(map(bool, _unrun(data["sampled"]))),
         logprobs=tuple(data["logprobs"]) if "logprobs" in data else (0.0,) * len(ids),
         versions=_unrun(data["versions"]),
+        choices=_choices_from_list(data["choices"]) if "choices" in data else None,
+    )
+
+
+def _choices_to_list(choices: Choices) -> list[Any]:
+    slots, columns = (b64encode(zlib.compress(data)).decode() for data in (choices.slots, choices.columns))
+    return [slots, choices.slot_shape, columns, choices.column_shape]
+
+
+def _choices_from_list(data: Sequence[Any]) -> Choices:
+    slots, slot_shape, columns, column_shape = data
+    return Choices(
+        slots=zlib.decompress(b64decode(slots)),
+        slot_shape=tuple(slot_shape),
+        columns=zlib.decompress(b64decode(columns)),
+        column_shape=tuple(column_shape),
     )
 
 

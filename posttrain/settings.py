@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain.config import Config
 
@@ -44,7 +44,8 @@ class LocalEngineConfig(Config):
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Bound on the wait for any answer, in seconds."""
     draft_steps: Annotated[int, Field(ge=0)] = 0
-    """Tokens that the model's draft block proposes at once; at most its ``mtp_num_layers``. Changes speed, not tokens."""
+    """Tokens that the model's draft block proposes at once, at most its ``mtp_num_layers``: for speed, with the same
+    tokens in the end."""
     record_choices: bool = False
     """Completions carry what the model chose at every position, for ``trainer.replay_choices``."""
 
@@ -88,19 +89,56 @@ class LoraConfig(Config):
     """Names of the modules that get an adapter, as peft reads them."""
 
 
-class TrainerConfig(Config):
-    """How a step is taken."""
+class AdamWConfig(Config):
+    """AdamW for everything."""
+
+    type: Literal["adamw"] = "adamw"
+
+
+class MuonConfig(Config):
+    """Muon for the hidden matrices, AdamW for the rest.
+
+    An update is scaled to the root mean square that AdamW's has (Moonlight, arXiv 2502.16982, section 2.2), so rate and
+    decay of AdamW suit it. Adapters are refused: Muon bounds the spectral norm of the change of a matrix, and what an
+    adapter changes is the product of two, which orthogonal steps of each do not bound.
+    """
+
+    type: Literal["muon"] = "muon"
+    matrix_lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the matrices; null: ``lr``."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Of the gradient, Nesterov's."""
+    ns_steps: Annotated[int, Field(gt=0, lt=100)] = 5
+    """Newton-Schulz iterations that make an update orthogonal."""
+    exclude: tuple[str, ...] = ("embed_tokens", "wte", "wpe", "lm_head", "router", r"gate\.weight")
+    """Regular expressions; matrices whose name matches one are AdamW's too: embeddings, heads, routers."""
+
+
+OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="type")]
+
+
+class OptimizerSettings(Config):
+    """What every training says of its optimizer."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    lr_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict[str, float])
+    """Regular expression to a factor on the rate of the parameters whose name it matches."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moments."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay, on matrices."""
+    optimizer: OptimizerConfig = AdamWConfig()
+    """What makes an update of a gradient."""
+
+
+class TrainerConfig(OptimizerSettings):
+    """How a step is taken."""
+
     warmup_steps: Annotated[int, Field(ge=0)] = 5
     """Optimizer steps over which the rate rises from 0."""
     decay: bool = True
     """Whether the rate falls linearly to a tenth over the stage."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW moments."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW decay, on matrices."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     updates_per_batch: Annotated[int, Field(gt=0)] = 1
@@ -119,6 +157,12 @@ class TrainerConfig(Config):
     """Use the MoE slots and attended columns that the engine chose when it sampled (``engine.record_choices``)."""
     deterministic: bool = False
     """Fix the order of every sum on a GPU as well (``posttrain.determinism`` names them); slower there."""
+
+    @model_validator(mode="after")
+    def _whole_matrices(self) -> TrainerConfig:
+        if self.lora is not None and isinstance(self.optimizer, MuonConfig):
+            raise ValueError("optimizer: muon is for whole matrices; with lora use type: adamw")
+        return self
 
 
 class LoopConfig(Config):

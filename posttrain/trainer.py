@@ -19,9 +19,12 @@ from transformers import PreTrainedModel
 
 from posttrain import determinism
 from posttrain.batch import Batch, pack
+from posttrain.errors import UserError
 from posttrain.loss import clipped_loss, distill_loss
 from posttrain.model import Longcat2ForCausalLM
+from posttrain.model.layer import LayerReplay
 from posttrain.model.outputs import Longcat2CausalOutput
+from posttrain.optim import make_optimizer
 from posttrain.settings import ClippedLoss, DistillLoss, TrainerConfig
 from posttrain.types import Sample, Weights
 from posttrain.weights import SHM, SharedWeights, state_of
@@ -55,10 +58,7 @@ class Trainer:
                 lora_dropout=0.0,
             )
             trained = peft.get_peft_model(model, spec)  # pyright: ignore[reportArgumentType]
-        matrices = [p for p in trained.parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for p in trained.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        optimizer = make_optimizer(trained.named_parameters(), config)
         total = max(1, total_steps * config.updates_per_batch)
 
         def rate(step: int) -> float:
@@ -79,7 +79,13 @@ class Trainer:
         parts = self.config.updates_per_batch
         # Without trained tokens there is no gradient, and a step on none would still move by momentum and decay.
         ordered = sorted((s for s in samples if any(s.sampled[1:])), key=lambda s: s.rollout)
-        groups = [pack(ordered[i::parts], self.config.tokens_per_micro_batch) for i in range(parts)]
+        if self.config.replay_choices and any(s.choices is None for s in ordered):
+            raise UserError(
+                "trainer.replay_choices: there are samples without recorded choices: set engine.record_choices to "
+                "true, or trainer.replay_choices to false"
+            )
+        size, replay = self.config.tokens_per_micro_batch, self.config.replay_choices
+        groups = [pack(ordered[i::parts], size, replay) for i in range(parts)]
         prox: list[list[Tensor | None]] = [[None] * len(g) for g in groups]
         if parts > 1 and isinstance(self.loss, ClippedLoss):
             prox = [[self._logprobs(b, False)[0] for b in g] for g in groups]
@@ -139,7 +145,9 @@ class Trainer:
         over real tokens, if it has one."""
         batch = batch.to(self.accelerator.device)
         # Padding is at the right, where causality hides it; our model is told of it for its expert load alone.
-        extra = {"attention_mask": batch.real_BT} if isinstance(self.base, Longcat2ForCausalLM) else {}
+        extra: dict[str, Any] = {}
+        if isinstance(self.base, Longcat2ForCausalLM):
+            extra = {"attention_mask": batch.real_BT, "replay": _replay(batch)}
         with torch.set_grad_enabled(with_grad):
             out = self.model(input_ids=batch.ids_BT, use_cache=False, **extra)
             logits_BTV = out.logits
@@ -208,6 +216,15 @@ class Trainer:
         if self._shared is not None:
             self._shared.close()
             self._shared = None
+
+
+def _replay(batch: Batch) -> list[LayerReplay] | None:
+    """What each layer shall choose; None: the model chooses."""
+    if batch.slots_BTLK is None:
+        return None
+    slots = batch.slots_BTLK.unbind(2)
+    columns = [None] * len(slots) if batch.columns_BTLOK is None else batch.columns_BTLOK.unbind(2)
+    return [LayerReplay(s, c) for s, c in zip(slots, columns, strict=True)]
 
 
 def save_state(state: Mapping[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ per-token tuple of one object has the same length, checked once, in ``Segment`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -128,6 +129,35 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What a model chose at every position of a context from 0 on, so that another forward can choose the same.
+
+    Little-endian, in C order: position, then what the shape says."""
+
+    slots: bytes
+    """Mixture-of-experts slots, uint16."""
+    slot_shape: tuple[int, int]
+    """Of one position: layers, slots a token."""
+    columns: bytes = b""
+    """Attended columns, int32, -1 for none; empty if the model does not choose them."""
+    column_shape: tuple[int, int, int] = (0, 0, 0)
+    """Of one position: layers, indexers a layer, columns a token."""
+
+    def __post_init__(self) -> None:
+        columns = self.positions * math.prod(self.column_shape)
+        if len(self.slots) != 2 * self.positions * math.prod(self.slot_shape) or len(self.columns) != 4 * columns:
+            raise ValueError(
+                f"{len(self.slots)} bytes of slots {self.slot_shape} and {len(self.columns)} bytes of columns "
+                f"{self.column_shape} are not of the same positions"
+            )
+
+    @property
+    def positions(self) -> int:
+        """Positions that have a record."""
+        return len(self.slots) // (2 * math.prod(self.slot_shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     ids: tuple[int, ...]
     """Sampled token ids."""
@@ -137,6 +167,8 @@ class Completion:
     """Policy version that sampled each token."""
     finish: Literal["stop", "length"]
     """Stop token seen, or bound reached."""
+    choices: Choices | None = None
+    """Of the whole context but the last sampled token, which the model has not read; if the engine records them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +183,8 @@ class Segment:
     """Behaviour log-probs; 0 where not sampled."""
     versions: tuple[int, ...]
     """Policy version of each token; -1 where not sampled."""
+    choices: Choices | None = None
+    """Of the branch so far, up to this segment's last token but one."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.sampled), len(self.logprobs), len(self.versions)}
@@ -166,8 +200,13 @@ class Segment:
     @classmethod
     def from_completion(cls, completion: Completion) -> Segment:
         """Tokens the model sampled."""
-        n = len(completion.ids)
-        return cls(ids=completion.ids, sampled=(True,) * n, logprobs=completion.logprobs, versions=completion.versions)
+        return cls(
+            ids=completion.ids,
+            sampled=(True,) * len(completion.ids),
+            logprobs=completion.logprobs,
+            versions=completion.versions,
+            choices=completion.choices,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +299,8 @@ class Sample:
     """Kept raw: the reverse-KL advantage is recomputed under the live student."""
     oldest_version: int = 0
     """For staleness."""
+    choices: Choices | None = None
+    """From position 0 on; the last positions have none."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.sampled), len(self.logprobs), len(self.advantages)}
@@ -267,6 +308,8 @@ class Sample:
             lengths.add(len(self.teacher_logprobs))
         if len(lengths) != 1:
             raise ValueError(f"a sample's per-token tuples differ in length: {sorted(lengths)}")
+        if self.choices is not None and self.choices.positions > len(self.ids):
+            raise ValueError(f"choices of {self.choices.positions} positions for {len(self.ids)} tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

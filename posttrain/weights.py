@@ -88,9 +88,9 @@ def read_into(model: nn.Module, where: str) -> None:
         finally:
             shared.close()
         return
-    from transformers import AutoModelForCausalLM
+    from posttrain.model.checkpoint import load_any
 
-    loaded = state_of(AutoModelForCausalLM.from_pretrained(Path(where), dtype=next(model.parameters()).dtype))
+    loaded = state_of(load_any(Path(where), next(model.parameters()).dtype))
     with torch.no_grad():
         for key, tensor in state.items():
             tensor.copy_(loaded[key])

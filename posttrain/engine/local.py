@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine import worker
-from posttrain.errors import EngineError
+from posttrain.engine.speculative import DraftCounts
+from posttrain.errors import EngineError, UserError
 from posttrain.types import Completion, Sampling, Weights
 
 
@@ -28,20 +29,29 @@ class LocalEngine:
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._outbox: list[worker.Request] = []
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._counts = DraftCounts()
         self._closed = False
         self._end = "the engine is closed"
         asyncio.get_running_loop().add_reader(pipe.fileno(), self._receive)
 
     @classmethod
     async def start(
-        cls, folder: Path, *, slots: int = 64, max_context: int = 512, threads: int = 1, timeout_s: float = 300.0
+        cls,
+        folder: Path,
+        *,
+        slots: int = 64,
+        max_context: int = 512,
+        threads: int = 1,
+        timeout_s: float = 300.0,
+        draft_steps: int = 0,
+        record_choices: bool = False,
     ) -> LocalEngine:
-        """Load the model in ``folder`` in a new process. ``timeout_s`` bounds every later wait for an answer."""
+        """Load the model in ``folder`` in a new process; see ``LocalEngineConfig`` for what it can be told.
+        ``timeout_s`` bounds every later wait for an answer. Raises UserError if the model cannot do what is asked."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        process = context.Process(
-            target=worker.main, args=(there, str(folder), slots, max_context, threads), daemon=True, name="engine"
-        )
+        args = (there, str(folder), slots, max_context, threads, draft_steps, record_choices)
+        process = context.Process(target=worker.main, args=args, daemon=True, name="engine")
         process.start()
         there.close()
         engine = cls(process, here, timeout_s)
@@ -70,6 +80,10 @@ class LocalEngine:
         future = self._expect(key)
         self._send(("load", key, weights))
         await self._wait(future, f"the engine to load version {weights.version}", key)
+
+    def stats(self) -> DraftCounts:
+        """What came of drafts, up to the last completion that arrived."""
+        return self._counts
 
     async def close(self) -> None:
         """See the protocol."""
@@ -120,10 +134,13 @@ class LocalEngine:
                 kind, *rest = self._pipe.recv()
                 if kind == "ready":
                     self._ready.set_result(None)
+                elif kind == "refused":
+                    self._ready.set_exception(UserError(rest[0]))
                 elif kind == "loaded":
                     self._resolve(rest[0], None)
                 else:
-                    for key, completion in rest[0]:
+                    completions, self._counts = rest
+                    for key, completion in completions:
                         self._resolve(key, completion)
         except (EOFError, OSError):
             self._died()
@@ -139,7 +156,7 @@ class LocalEngine:
         asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._closed = True
         self._pipe.close()
-        self._process.join(1)
+        self._process.join(5)  # it has closed its end, so it is about to be gone
         self._end = f"the engine process died with exit code {self._process.exitcode}; its last words are on stderr"
         self._fail(self._end)
 

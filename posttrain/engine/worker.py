@@ -1,11 +1,12 @@
-"""The process behind ``LocalEngine``: one model, many requests, one forward a token for all of them.
+"""The process behind ``LocalEngine``: one model, many requests, one forward a token for all of them (or a few tokens,
+with drafts: see ``speculative``).
 
 A request gets a slot of the cache and keeps it until it ends. A slot that is free still holds what it computed, so the
 next turn of a conversation continues where its last one stopped (same weights only), and rollouts of one prompt share
 one prefill. New weights are taken between two tokens; running requests go on with the cache they have, and every token
 is stamped with the version that sampled it.
 
-Shapes: B rows in a forward, T tokens a row, S visible columns, V vocabulary.
+Shapes: B rows in a forward, N tokens drawn from one, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,60 +14,39 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from posttrain.engine.cache import SlotCache
-from posttrain.types import Completion, Sampling
+from posttrain.engine.recorder import Recorder
+from posttrain.engine.sampling import draw
+from posttrain.engine.slots import Request, Slot, lay_out
+from posttrain.engine.speculative import DraftCounts, Drafter
+from posttrain.types import Completion
 from posttrain.weights import read_into
 
-_COLUMN_STEP = 32
 _PREFILL_TOKENS = 8192
 """Padded tokens one prefill forward may hold: bounds its memory."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Request:
-    id: int
-    ids: tuple[int, ...]
-    sampling: Sampling
-
-
-@dataclass(slots=True, kw_only=True)
-class Slot:
-    index: int
-    context: list[int] = field(default_factory=list)
-    """Every token whose keys are in the cache, plus the one sampled last."""
-    request: Request | None = None
-    version: int = -1
-    """Weights that computed the row; -1 after it was continued under newer ones."""
-    freed_at: int = 0
-    uniforms: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-    @property
-    def sampled(self) -> int:
-        """Tokens sampled for the running request."""
-        return len(self.logprobs)
 
 
 class Scheduler:
     """Continuous batching over a ``SlotCache``. Deterministic: the same calls give the same tokens."""
 
-    def __init__(self, model: nn.Module, num_slots: int, max_context: int) -> None:
+    def __init__(
+        self, model: Any, num_slots: int, max_context: int, draft_steps: int = 0, record_choices: bool = False
+    ) -> None:
         window = getattr(model.config, "sliding_window", None)
         if window is not None and window < max_context:
             raise ValueError(f"sliding-window attention is not implemented: set max_context to at most {window}")
         self.model, self.max_context = model.eval(), max_context
         self.cache = SlotCache(num_slots, max_context)
+        self.drafter = Drafter(model, self.cache, draft_steps) if draft_steps else None
+        self.recorder = Recorder(model.config, self.cache) if record_choices else None
         self.slots = [Slot(index=i) for i in range(num_slots)]
         self.free = list(self.slots)
         self.pending: deque[Request] = deque()
@@ -79,6 +59,11 @@ class Scheduler:
         """Whether a call of ``step`` would do something."""
         return bool(self.pending) or len(self.free) < len(self.slots)
 
+    @property
+    def counts(self) -> DraftCounts:
+        """What came of drafts so far."""
+        return self.drafter.counts if self.drafter is not None else DraftCounts()
+
     def set_version(self, version: int) -> None:
         """The weights have changed: what was computed is not continued by new requests."""
         self.version = version
@@ -89,7 +74,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admit what fits, then one token for everything that runs. Finished requests land in ``done``."""
+        """Admit what fits, then one forward for everything that runs. Finished requests land in ``done``."""
         self._admit()
         running = [s for s in self.slots if s.request is not None]
         if running:
@@ -103,7 +88,7 @@ class Scheduler:
                 self.done.append((request.id, Completion(ids=(), logprobs=(), versions=(), finish="length")))
                 continue
             slot, known = self._choose(request)
-            self._start(slot, request)
+            self._start(slot, request, known)
             batch.append((slot, known))
         leaders: dict[tuple[int, ...], Slot] = {}
         followers: list[tuple[Slot, Slot]] = []
@@ -130,7 +115,9 @@ class Scheduler:
         self.free.remove(slot)
         return slot, known
 
-    def _start(self, slot: Slot, request: Request) -> None:
+    def _start(self, slot: Slot, request: Request, known: int) -> None:
+        if not known:
+            slot.states = slot.states[:0]
         slot.context, slot.request, slot.version = list(request.ids), request, self.version
         slot.logprobs, slot.versions = [], []
         room = min(request.sampling.max_tokens, self.max_context - len(request.ids))
@@ -149,86 +136,107 @@ class Scheduler:
             ):
                 count += 1
             chunk, order = order[:count], order[count:]
-            logits_BV = self._forward([s for s, _ in chunk], [s.context[known:] for s, known in chunk])
             slots, rows = [s for s, _ in chunk], list(range(len(chunk)))
+            logits_BV = self._read_prompts(slots, [known for _, known in chunk])
             for row, (leader, _) in enumerate(chunk):
                 copies = by_leader.get(leader.index, [])
                 if copies:
-                    targets = torch.tensor([s.index for s in copies])
-                    self.cache.copy_row(leader.index, targets, len(leader.context))
+                    self._share(leader, copies)
                     slots += copies
                     rows += [row] * len(copies)
-            self._sample(slots, logits_BV[rows])
+            self._sample(slots, [[]] * len(slots), logits_BV[rows])
+
+    def _read_prompts(self, slots: Sequence[Slot], known: Sequence[int]) -> Tensor:
+        """Logits ``[B, V]`` after the contexts, whose first columns are known."""
+        tokens = [s.context[k:] for s, k in zip(slots, known, strict=True)]
+        out = self._forward(slots, tokens, known)
+        every_B, last_B = torch.arange(len(slots)), torch.tensor([len(t) - 1 for t in tokens])
+        if self.drafter is not None:
+            states = [out.last_hidden_state[row, : len(t)] for row, t in enumerate(tokens)]
+            self.drafter.prefill(slots, states, max(len(s.context) for s in slots))
+        return out.logits[every_B, last_B].float()
+
+    def _share(self, leader: Slot, copies: Sequence[Slot]) -> None:
+        """Give ``copies`` what was computed for the same context."""
+        targets = torch.tensor([s.index for s in copies])
+        self.cache.copy_row(leader.index, targets, len(leader.context))
+        if self.recorder is not None:
+            self.recorder.copy_row(leader.index, targets, len(leader.context))
+        for slot in copies:
+            slot.states = leader.states
 
     def _decode(self, running: Sequence[Slot]) -> None:
         count = running[-1].index + 1
-        if count <= 2 * len(running):
-            # Rows 0..count-1 as they lie; idle ones among them compute into the trash column and are ignored.
-            live = {s.index for s in running}
-            slots = self.slots[:count]
-            tokens = [[s.context[-1]] if s.index in live else [0] for s in slots]
-            logits_BV = self._forward(slots, tokens, live)
-            self._sample(running, logits_BV[[s.index for s in running]])
-        else:
-            self._sample(running, self._forward(running, [[s.context[-1]] for s in running]))
+        # Rows 0..count-1 as they lie; idle ones among them compute into the trash column and are ignored.
+        slots = self.slots[:count] if count <= 2 * len(running) else running
+        drafts = self.drafter.propose(slots) if self.drafter is not None else [[]] * len(slots)
+        tokens = [[s.context[-1], *d] if s.request is not None else [] for s, d in zip(slots, drafts, strict=True)]
+        out = self._forward(slots, tokens, [len(s.context) - 1 for s in slots])
+        rows = [row for row, slot in enumerate(slots) if slot.request is not None]
+        drafts = [drafts[row] for row in rows]
+        places = [(row, place) for row, draft in zip(rows, drafts, strict=True) for place in range(len(draft) + 1)]
+        logits_NV = out.logits[[row for row, _ in places], [place for _, place in places]].float()
+        sampled = self._sample(running, drafts, logits_NV)
+        if self.drafter is not None:
+            for slot, row, draft, taken in zip(running, rows, drafts, sampled, strict=True):
+                self.drafter.judged(slot, draft, out.last_hidden_state[row], taken)
 
-    def _forward(self, slots: Sequence[Slot], tokens: Sequence[Sequence[int]], live: set[int] | None = None) -> Tensor:
-        """Logits ``[B, V]`` after the last of ``tokens``, the not yet cached end of each slot's context."""
-        lengths = [len(t) for t in tokens]
-        width = max(lengths)
-        ids_BT = torch.zeros(len(slots), width, dtype=torch.long)
-        columns_BT = torch.full((len(slots), width), self.cache.trash_column)
-        positions_BT = torch.zeros(len(slots), width, dtype=torch.long)
-        end = 1
-        for row, (slot, new) in enumerate(zip(slots, tokens, strict=True)):
-            if live is not None and slot.index not in live:
-                continue
-            n, stop = len(new), len(slot.context)
-            ids_BT[row, :n] = torch.tensor(new)
-            positions_BT[row, :n] = columns_BT[row, :n] = torch.arange(stop - n, stop)
-            end = max(end, stop)
-        visible = min(-(-end // _COLUMN_STEP) * _COLUMN_STEP, self.cache.max_columns)
-        hidden_B1TS = torch.arange(visible) > positions_BT[:, None, :, None]
-        # Additive, because transformers' eager attention adds whatever mask it is given.
-        mask_B1TS = torch.zeros(hidden_B1TS.shape).masked_fill_(hidden_B1TS, torch.finfo(torch.float32).min)
-        rows_B = torch.tensor([s.index for s in slots])
-        self.cache.place(rows_B, columns_BT, visible, all(s.index == row for row, s in enumerate(slots)))
+    def _forward(self, slots: Sequence[Slot], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Any:
+        """The model's output for ``tokens`` at the columns from ``starts`` on; a slot without tokens is idle."""
+        rows = lay_out(self.cache, slots, tokens, starts)
         out = self.model(
-            input_ids=ids_BT,
-            attention_mask=mask_B1TS,
-            position_ids=positions_BT,
+            input_ids=rows.ids_BT,
+            attention_mask=rows.mask_B1TS,
+            position_ids=rows.positions_BT,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=0 if width > 1 else 1,
+            logits_to_keep=0 if rows.ids_BT.shape[1] > 1 else 1,
+            **({"output_choices": True} if self.recorder is not None else {}),
         )
-        return out.logits[torch.arange(len(slots)), torch.tensor(lengths) - 1].float()
+        if self.recorder is not None:
+            self.recorder.write(out)
+        return out
 
-    def _sample(self, slots: Sequence[Slot], logits_BV: Tensor) -> None:
-        requests = [s.request for s in slots if s.request is not None]
-        temperature_B = torch.tensor([r.sampling.temperature for r in requests])
-        greedy_B = temperature_B == 0
-        scaled_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
-        logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
-        cdf_BV = logprobs_BV.double().exp().cumsum(-1)
-        uniform_B = torch.tensor([s.uniforms[s.sampled] for s in slots], dtype=torch.float64)
-        drawn_B = torch.searchsorted(cdf_BV, (uniform_B * cdf_BV[:, -1])[:, None], right=True)[:, 0]
-        token_B = torch.where(greedy_B, logprobs_BV.argmax(-1), drawn_B.clamp_max(logits_BV.shape[-1] - 1))
-        chosen_B = logprobs_BV.gather(1, token_B[:, None])[:, 0]
-        for slot, request, token, logprob in zip(slots, requests, token_B.tolist(), chosen_B.tolist(), strict=True):
+    def _sample(self, slots: Sequence[Slot], drafts: Sequence[Sequence[int]], logits_NV: Tensor) -> list[list[int]]:
+        """Extend each slot by the policy's own tokens, from the logits after its context and after each of its drafts:
+        as long as they are the drafts, and one more. Returns them."""
+        places = [(slot, place) for slot, draft in zip(slots, drafts, strict=True) for place in range(len(draft) + 1)]
+        token_N, logprob_N = draw(logits_NV, [slot for slot, _ in places], [place for _, place in places])
+        drawn = iter(zip(token_N.tolist(), logprob_N.tolist(), strict=True))
+        taken: list[list[int]] = []
+        for slot, draft in zip(slots, drafts, strict=True):
+            own = [next(drawn) for _ in range(len(draft) + 1)]
+            right = 0
+            while right < len(draft) and draft[right] == own[right][0]:
+                right += 1
+            taken.append(self._extend(slot, own[: right + 1]))
+        return taken
+
+    def _extend(self, slot: Slot, drawn: Sequence[tuple[int, float]]) -> list[int]:
+        """Add tokens with their log-probs until the request ends; returns those that were added."""
+        request = slot.request
+        assert request is not None
+        taken: list[int] = []
+        for token, logprob in drawn:
+            taken.append(token)
             slot.context.append(token)
             slot.logprobs.append(logprob)
             slot.versions.append(self.version)
             if token in request.sampling.stop_ids:
                 self._finish(slot, request, "stop")
-            elif slot.sampled == len(slot.uniforms):
+                break
+            if slot.room == 0:
                 self._finish(slot, request, "length")
+                break
+        return taken
 
-    def _finish(self, slot: Slot, request: Request, finish: str) -> None:
+    def _finish(self, slot: Slot, request: Request, finish: Literal["stop", "length"]) -> None:
         completion = Completion(
             ids=tuple(slot.context[-slot.sampled :]),
             logprobs=tuple(slot.logprobs),
             versions=tuple(slot.versions),
-            finish="stop" if finish == "stop" else "length",
+            finish=finish,
+            choices=self.recorder.read(slot.index, len(slot.context) - 1) if self.recorder is not None else None,
         )
         self.done.append((request.id, completion))
         self.clock += 1
@@ -238,11 +246,9 @@ class Scheduler:
 
 def load_model(folder: str) -> nn.Module:
     """Any causal LM in a Hugging Face folder, ours included."""
-    from transformers import AutoModelForCausalLM
+    from posttrain.model.checkpoint import load_any
 
-    import posttrain.model  # noqa: F401  (registers longcat2 with the Auto classes)
-
-    return AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32)
+    return load_any(folder, torch.float32)
 
 
 def _read(pipe: Connection, inbox: SimpleQueue[tuple[Any, ...]]) -> None:
@@ -254,10 +260,23 @@ def _read(pipe: Connection, inbox: SimpleQueue[tuple[Any, ...]]) -> None:
         inbox.put(("close",))
 
 
-def main(pipe: Connection, folder: str, num_slots: int, max_context: int, threads: int) -> None:
+def main(
+    pipe: Connection,
+    folder: str,
+    num_slots: int,
+    max_context: int,
+    threads: int,
+    draft_steps: int = 0,
+    record_choices: bool = False,
+) -> None:
     """Serve requests from ``pipe`` until it closes. A closed pipe means that the owner is gone, however it went."""
     torch.set_num_threads(threads)
-    scheduler = Scheduler(load_model(folder), num_slots, max_context)
+    model = load_model(folder)
+    try:
+        scheduler = Scheduler(model, num_slots, max_context, draft_steps, record_choices)
+    except ValueError as error:
+        pipe.send(("refused", str(error)))
+        return
     pipe.send(("ready",))
     inbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
     threading.Thread(target=_read, args=(pipe, inbox), daemon=True).start()
@@ -276,7 +295,7 @@ def main(pipe: Connection, folder: str, num_slots: int, max_context: int, thread
                     return
             scheduler.step()
             if scheduler.done:
-                pipe.send(("done", scheduler.done))
+                pipe.send(("done", scheduler.done, scheduler.counts))
                 scheduler.done = []
     except (ConnectionError, KeyboardInterrupt):
         return

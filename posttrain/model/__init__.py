@@ -2,6 +2,7 @@
 
 On disk the official per-expert weight names are used; in memory the routed SwiGLUs are fused. The mapping is
 transformers' public weight conversion, so ``from_pretrained`` and ``save_pretrained`` both speak official names.
+``posttrain.model.checkpoint`` reads and writes whole official folders, strictly and in the memory of one model.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -9,10 +10,21 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from posttrain.model.causal import Longcat2ForCausalLM
+from posttrain.model.checkpoint import LITE_NAMES
 from posttrain.model.config import Longcat2Config
 from posttrain.model.model import Longcat2Model
 
 __all__ = ["Longcat2Config", "Longcat2ForCausalLM", "Longcat2Model"]
+
+
+class _LiteName(WeightRenaming):
+    """Another family's name of a weight: read, never written."""
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        """A renaming that no name matches."""
+        return WeightRenaming("$.", "")
 
 
 def _register() -> None:
@@ -21,6 +33,7 @@ def _register() -> None:
     AutoModel.register(Longcat2Config, Longcat2Model, exist_ok=True)
     AutoModelForCausalLM.register(Longcat2Config, Longcat2ForCausalLM, exist_ok=True)
     mapping: list[WeightConverter | WeightRenaming] = [
+        *(_LiteName(lite, ours) for lite, ours in LITE_NAMES.items()),
         WeightConverter(
             source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
             target_patterns="mlp.experts.gate_up_proj",
@@ -32,7 +45,9 @@ def _register() -> None:
             operations=[MergeModulelist(dim=0)],
         ),
     ]
-    register_checkpoint_conversion_mapping(Longcat2Config.model_type, mapping, overwrite=True)
+    # By class too: the config of a Flash or Flash-Lite folder keeps the folder's model_type.
+    for key in (Longcat2Config.model_type, Longcat2ForCausalLM.__name__, Longcat2Model.__name__):
+        register_checkpoint_conversion_mapping(key, mapping, overwrite=True)
 
 
 _register()

@@ -104,7 +104,7 @@ class LongcatMLA(nn.Module):
 
         Args:
             shared: the owner's set, for an attention without an indexer.
-            replay_BTK: columns to attend to in place of the indexer's choice.
+            replay_BTK: columns to attend to in place of the indexer's choice, which a token of -1 alone keeps.
         """
         c_q_BTQ, q_nope, q_rope = self.queries(x_BTH, rotations_BTP)
         latent_BSC, k_rope_BSR = self.keys(x_BTH, rotations_BTP)
@@ -116,7 +116,7 @@ class LongcatMLA(nn.Module):
             index = self._index(x_BTH, c_q_BTQ, rotations_BTP, plan, cache, replay_BTK)
         columns_BTK = index.columns_BTK if index is not None else None
         if self.streaming:
-            columns_BTK = streaming_columns(plan.visibility, self.config)
+            columns_BTK = streaming_columns(plan.visibility, self.config).expand(len(x_BTH), -1, -1)
         if columns_BTK is not None:
             out_BTD = self._sparse(q_nope, q_rope, latent_BSC, k_rope_BSR, columns_BTK)
         else:
@@ -153,15 +153,16 @@ class LongcatMLA(nn.Module):
     ) -> IndexSet:
         """Index keys are kept from the first token on; queries are made only where there is something to choose."""
         k_BSD = self.indexer.keys(x_BTH, rotations_BTP, cache, plan.key_length)
-        choose = plan.sparse and replay_BTK is None
+        free_BT1 = None if replay_BTK is None else (replay_BTK < 0).all(dim=-1, keepdim=True)
+        choose = plan.sparse and (free_BT1 is None or bool(free_BT1.any()))
         if not choose and not plan.learn_index:
             return IndexSet(replay_BTK if plan.sparse else None, None)
         queries = self.indexer.queries(x_BTH, c_q_BTQ, rotations_BTP, k_BSD)
-        columns_BTK = (
-            select(queries, plan.visibility, self.config, self.attention_id // self.config.cli_factor)
-            if choose
-            else replay_BTK
-        )
+        columns_BTK = replay_BTK
+        if choose:
+            columns_BTK = select(queries, plan.visibility, self.config, self.attention_id // self.config.cli_factor)
+            if free_BT1 is not None and replay_BTK is not None:
+                columns_BTK = torch.where(free_BT1, columns_BTK, replay_BTK)
         return IndexSet(columns_BTK if plan.sparse else None, queries if plan.learn_index else None)
 
     def _sparse(

@@ -108,6 +108,8 @@ class Longcat2Config(PreTrainedConfig):
     router_balance_groups: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for derived in ("head_dim", "qk_head_dim", "model_type"):  # transformers writes them; ours are computed
+            kwargs.pop(derived, None)
         merge_aliases(self, kwargs)
         refuse_unimplemented(self, kwargs)
         legacy_layers = kwargs.pop("num_hidden_layers", None)

@@ -9,16 +9,15 @@ if TYPE_CHECKING:
     from posttrain.model.config import Longcat2Config
 
 # canonical (LongCat-2.0, Lite-Sparse) name -> other official name
-_ALIASES = {
+ALIASES = {
     "oe_vocab_size_ratio": "ngram_vocab_size_ratio",
     "oe_neighbor_num": "emb_neighbor_num",
     "oe_split_num": "emb_split_num",
-    "mtp_num_layers": "num_nextn_predict_layers",
 }
 _NGRAM = ("oe_vocab_size_ratio", "oe_neighbor_num", "oe_split_num")
 
 # field -> (values that are accepted, cure); anything else is refused
-_UNIMPLEMENTED: dict[str, tuple[tuple[Any, ...], str]] = {
+ACCEPTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_method": ((None, "MLA", "LSA"), 'set it to "MLA" or "LSA"'),
     "use_mla": ((None, 1, True), "set it to 1"),
     "index_k_norm_type": ((None, "rms"), 'set it to "rms": the index key norm of this family'),
@@ -40,7 +39,7 @@ _UNIMPLEMENTED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def merge_aliases(config: Longcat2Config, kwargs: dict[str, Any]) -> None:
     """Moves other official names onto the canonical fields; raises ValueError on conflict or half an n-gram."""
-    for name, alias in _ALIASES.items():
+    for name, alias in ALIASES.items():
         value = kwargs.pop(alias, None)
         if value is None:
             continue
@@ -50,6 +49,14 @@ def merge_aliases(config: Longcat2Config, kwargs: dict[str, Any]) -> None:
                 f"{name}={current} and {alias}={value} disagree: they are two names of one field, keep one"
             )
         setattr(config, name, value)
+    blocks = kwargs.pop("num_nextn_predict_layers", None)  # of the draft; its steps where nothing else says
+    if config.mtp_num_layers is None:
+        config.mtp_num_layers = blocks
+    elif blocks not in (None, 1, config.mtp_num_layers):
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers} and num_nextn_predict_layers={blocks} disagree: one draft "
+            "block is applied mtp_num_layers times; remove num_nextn_predict_layers"
+        )
     given = {name: getattr(config, name) for name in _NGRAM}
     if config.oe_vocab_size_ratio:
         missing = [name for name, value in given.items() if value is None]
@@ -61,10 +68,11 @@ def merge_aliases(config: Longcat2Config, kwargs: dict[str, Any]) -> None:
 
 def refuse_unimplemented(config: Longcat2Config, kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError for a field whose value asks for something this package does not implement."""
-    for name, (accepted, cure) in _UNIMPLEMENTED.items():
+    for name, (accepted, cure) in ACCEPTED.items():
         value = kwargs.get(name, getattr(config, name, None))
         if not any(value is good or value == good for good in accepted):
-            raise ValueError(f"config field {name}={value!r} is not implemented in posttrain.model; {cure}")
+            shown = name if isinstance(value, dict) else f"{name}={value!r}"
+            raise ValueError(f"config field {shown} is not implemented in posttrain.model; {cure}")
     if kwargs.get("attention_method") == "LSA" and not config.use_lsa:
         raise ValueError('attention_method="LSA" without index_topk: set index_topk, or attention_method to "MLA"')
 

@@ -7,6 +7,7 @@ Source: LongCat Sparse Attention, arXiv 2608.01662 (CLI: one indexer for ``cli_f
 Cache protocol: ``update(keys [B, 1, T, D], keys of no width, config.index_cache_id(owner))``.
 """
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,10 @@ class LongcatIndexer(nn.Module):
 
 def index_scores(q_BTID: Tensor, w_BTI: Tensor, k_BSD: Tensor) -> Tensor:
     """I_{t,s} = sum_j w_{t,j} relu(q_{t,j} . k_s), float32 [B, T, S]; nothing of T x I x S is made."""
+    if q_BTID.is_cuda and q_BTID.dtype == k_BSD.dtype != torch.float64 and find_spec("triton") is not None:
+        from posttrain.model import sparse_triton  # triton is not on every platform
+
+        return sparse_triton.index_scores(q_BTID, k_BSD, w_BTI)
     batch, tokens, heads, _ = q_BTID.shape
     q_BMD, k_BSD = q_BTID.float().reshape(batch, tokens * heads, -1), k_BSD.float()  # M = T * I
     out_BTS = q_BMD.new_empty(batch, tokens, k_BSD.shape[1])

@@ -22,7 +22,8 @@ class LayerReplay(NamedTuple):
     slots_BTK: Tensor | None = None
     """MoE slots, integers, ``moe_topk`` a token; -1 in the first place: the router chooses for this token."""
     columns_BTOK: Tensor | None = None
-    """Attended columns of each indexer (O = 2 / cli_factor a layer), integers, -1 for none."""
+    """Attended columns of each indexer (O = 2 / cli_factor a layer), int32, ``index_topk`` a token, -1 for none; -1
+    throughout: the indexer chooses for this token. Not looked at where everything in sight is attended to."""
 
 
 class LayerOutput(NamedTuple):

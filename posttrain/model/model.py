@@ -63,8 +63,9 @@ class Longcat2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = False
     _keep_in_fp32_modules_strict = {"router.classifier", "e_score_correction_bias", "weights_proj"}  # noqa: RUF012
-    # The draft block reads the model's own word embedding, of which official checkpoints hold a copy, and no n-grams.
-    _keys_to_ignore_on_load_unexpected = [r"mtp\.embed_tokens", r"mtp\.oe_embed_"]  # noqa: RUF012
+    # The draft block reads the model's own word embedding, of which official checkpoints hold a copy, and no n-grams;
+    # and a config may do without the block.
+    _keys_to_ignore_on_load_unexpected = [r"\.mtp\."]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -28,6 +28,9 @@ def normalise_rope_parameters(
     Raises:
         ValueError: unknown rope type or key, a missing YaRN field, or two different descriptions.
     """
+    for name, value in (("rope_parameters", rope_parameters), ("rope_scaling", rope_scaling)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r} must be a mapping with a rope_type (or type), or null")
     if rope_parameters and rope_scaling and dict(rope_parameters) != dict(rope_scaling):
         raise ValueError("rope_parameters and rope_scaling disagree: they are two names of one field, keep one")
     rope = {key: value for key, value in (rope_parameters or rope_scaling or {}).items() if value is not None}
@@ -36,7 +39,13 @@ def normalise_rope_parameters(
     theta = rope.pop("rope_theta", rope_theta)
     if rope_theta is not None and theta != rope_theta:
         raise ValueError(f"rope_theta={rope_theta} and rope_theta={theta} inside the rope dict disagree, keep one")
-    theta = float(default_theta if theta is None else theta)
+    theta = default_theta if theta is None else theta
+    for name, value in {"rope_theta": theta, **rope}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"rope field {name}={value!r} must be a number, not below 0")
+    theta = float(theta)
+    if theta <= 1:
+        raise ValueError(f"rope_theta={theta} must be above 1: frequencies fall with it")
     if rope_type in ("default", "none"):
         if rope:
             raise ValueError(f"rope type 'default' does not take {sorted(rope)}; set rope_type to 'yarn'?")

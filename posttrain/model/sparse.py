@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-_CHUNK_VALUES = {"cpu": 300_000, "cuda": 1 << 26}
-"""Gathered values alive at once. On a CPU the size decides the speed: 4 queries of 512 x 144 or 2 of 512 x 576 did best
-with 512 KB of second-level cache; half and double cost 10 to 20 %."""
+_CPU_CHUNK = 300_000
+"""Gathered values alive at once: 4 queries of 512 x 144, or 2 of 512 x 576. With 512 KB of second-level cache a quarter
+or four times as many cost 10 to 25 %."""
+_GPU_CHUNK = 1 << 26
 
 
 def sparse_attend(q_BThD: Tensor, kv_BSD: Tensor, columns_BTK: Tensor, value_width: int) -> Tensor:
@@ -33,7 +34,7 @@ def sparse_attend(q_BThD: Tensor, kv_BSD: Tensor, columns_BTK: Tensor, value_wid
         [B, T, h, ``value_width``] in the type of ``q_BThD``; zeros where a query has no column.
     """
     with torch.autocast(q_BThD.device.type, enabled=False):
-        if _has_kernel(q_BThD, kv_BSD):
+        if _has_kernel(q_BThD, kv_BSD, value_width):
             from posttrain.model import sparse_triton  # triton is not on every platform
 
             return sparse_triton.sparse_attend(q_BThD, kv_BSD, columns_BTK, value_width)
@@ -50,10 +51,11 @@ def support_probs(q_BThD: Tensor, kv_BSD: Tensor, columns_BTK: Tensor) -> Tensor
     return probs_NK.view(columns_BTK.shape)
 
 
-def _has_kernel(q_BThD: Tensor, kv_BSD: Tensor) -> bool:
+def _has_kernel(q_BThD: Tensor, kv_BSD: Tensor, value_width: int) -> bool:
     return (
         q_BThD.is_cuda
         and q_BThD.dtype == kv_BSD.dtype != torch.float64
+        and value_width * q_BThD.element_size() <= 1024  # more does not fit the shared memory of most cards
         and not torch.are_deterministic_algorithms_enabled()
         and find_spec("triton") is not None
     )
@@ -110,33 +112,39 @@ class _Part(NamedTuple):
 
 def _parts(q_BThD: Tensor, kv_BSD: Tensor, columns_BTK: Tensor) -> Iterator[_Part]:
     """Softmax weights of all queries in turn, exact (see there) whatever the inputs' type."""
-    (_, tokens, heads, width), count = q_BThD.shape, columns_BTK.shape[-1]
+    (batch, tokens, heads, width), count = q_BThD.shape, columns_BTK.shape[-1]
     exact = _exact(q_BThD, kv_BSD)
     q_NhD, kv_MD, columns_NK = q_BThD.flatten(0, 1), kv_BSD.flatten(0, 1), columns_BTK.flatten(0, 1)
     queries = q_NhD.shape[0]
+    chunk = _CPU_CHUNK if q_NhD.device.type == "cpu" else _GPU_CHUNK
     # At least two: a batched product of one is slower.
-    step = min(max(2, _CHUNK_VALUES[q_NhD.device.type] // (count * max(width, heads))), max(1, queries))
+    step = min(max(2, chunk // (count * max(width, heads))), max(1, queries))
     rows_nKD = kv_MD.new_empty(step, count, width, dtype=exact)
     weights_nhK = q_NhD.new_empty(step, heads, count, dtype=exact)
     first_N1 = torch.arange(queries, device=q_NhD.device).unsqueeze(1) // tokens * kv_BSD.shape[1]
     for start in range(0, queries, step):
         span = slice(start, min(start + step, queries))
-        columns_nK = columns_NK[span].long()
-        empty_n1K = (columns_nK < 0).unsqueeze(1)
-        has_empty = bool(empty_n1K.any())
-        columns_L = (columns_nK.clamp(min=0) + first_N1[span]).flatten()
         rows, weights = rows_nKD[: span.stop - start], weights_nhK[: span.stop - start]
+        columns_nK = columns_NK[span].long()
+        seen_nK = columns_nK >= 0 if int(columns_nK.min()) < 0 else None
+        if seen_nK is not None:
+            columns_nK = columns_nK.clamp(min=0)
+        if batch > 1:
+            columns_nK = columns_nK + first_N1[span]
+        columns_L = columns_nK.flatten()
         if kv_MD.dtype == exact:
             torch.index_select(kv_MD, 0, columns_L, out=rows.view(-1, width))
         else:
             rows.copy_(kv_MD.index_select(0, columns_L).view(rows.shape))
         q_nhD = q_NhD[span].to(exact)
         torch.bmm(q_nhD, rows.mT, out=weights)
-        if has_empty:
-            weights.masked_fill_(empty_n1K, -torch.inf)
-        torch.softmax(weights, dim=-1, out=weights)
-        if has_empty:  # also where a query has no column at all, and the softmax is not a number
-            weights.masked_fill_(empty_n1K, 0.0)
+        if seen_nK is None:
+            torch.softmax(weights, dim=-1, out=weights)
+        else:
+            # Finite, so that a query without any column is a number until the product; masked_fill_ is far slower.
+            seen_n1K = seen_nK.unsqueeze(1).to(exact)
+            weights.add_((1 - seen_n1K) * torch.finfo(exact).min)
+            torch.softmax(weights, dim=-1, out=weights).mul_(seen_n1K)
         yield _Part(span, q_nhD, columns_L, rows, weights)
 
 

@@ -22,6 +22,7 @@ from posttrain.settings import LoraConfig, TrainerConfig
 from posttrain.trainer import Trainer
 from posttrain.types import Completion, Sampling, Weights
 from posttrain.weights import SHM, SharedWeights, state_of
+from tests.model.longcat2_tiny import MTP
 from tests.posttrain.tiny import VOCAB, all_logprobs, make_ids, make_model, next_logprobs, trainer_gap, trainer_of
 
 SLOTS, MAX_CONTEXT = 8, 240
@@ -34,8 +35,17 @@ async def start_local(folder: Path) -> Engine:
     return await LocalEngine.start(folder, slots=SLOTS, max_context=MAX_CONTEXT, timeout_s=120)
 
 
-STARTS: dict[str, Start] = {"local": start_local}
-KINDS = ("longcat2", "llama")
+async def start_drafting(folder: Path) -> Engine:
+    return await LocalEngine.start(folder, slots=SLOTS, max_context=MAX_CONTEXT, timeout_s=120, draft_steps=3)
+
+
+STARTS: dict[str, Start] = {"local": start_local, "drafting": start_drafting}
+KINDS = {"local": ("longcat2", "llama"), "drafting": ("longcat2-mtp",)}
+
+
+def model_of(kind: str, seed: int = 0) -> PreTrainedModel:
+    """``make_model``, and the kind that drafts."""
+    return make_model("longcat2", seed, **MTP) if kind == "longcat2-mtp" else make_model(kind, seed)
 
 
 @dataclass
@@ -65,12 +75,12 @@ class Bench:
         self.model, self.version = model, self.version + 1
 
 
-@pytest.fixture(scope="module", params=[(s, k) for s in STARTS for k in KINDS], ids=lambda p: "-".join(p))
+@pytest.fixture(scope="module", params=[(s, k) for s in STARTS for k in KINDS[s]], ids=lambda p: "-".join(p))
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """One engine for all tests of a model; a test that loads weights keeps ``model`` and ``version`` true."""
     start, kind = request.param
     folder = tmp_path_factory.mktemp(kind)
-    model = make_model(kind)
+    model = model_of(kind)
     model.save_pretrained(folder)
     with asyncio.Runner() as runner:
         engine = runner.run(STARTS[start](folder))
@@ -199,7 +209,7 @@ def test_after_a_load_everything_comes_from_the_new_weights(bench: Bench, by: st
     prompt = make_ids(Random(2), 30)
     requests = [(prompt, Sampling(max_tokens=20, seed=i)) for i in range(4)]
     old = bench.run(*requests)
-    model = make_model(bench.kind, seed=bench.version + 10)
+    model = model_of(bench.kind, seed=bench.version + 10)
     if by == "shm":
         shared = SharedWeights(state_of(model))
         shared.write(state_of(model))
@@ -218,7 +228,7 @@ def test_after_a_load_everything_comes_from_the_new_weights(bench: Bench, by: st
 
 def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench, tmp_path: Path) -> None:
     prompt = make_ids(Random(6), 20)
-    model = make_model(bench.kind, seed=bench.version + 10)
+    model = model_of(bench.kind, seed=bench.version + 10)
     model.save_pretrained(tmp_path)
     before = bench.version
 
@@ -239,7 +249,7 @@ def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench, tm
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
 def test_what_the_trainer_publishes_is_what_the_engine_serves(bench: Bench, lora: LoraConfig | None) -> None:
-    trainer = trainer_of(make_model(bench.kind, seed=3), TrainerConfig(lora=lora))
+    trainer = trainer_of(model_of(bench.kind, seed=3), TrainerConfig(lora=lora))
     for i, parameter in enumerate(p for p in trainer.model.parameters() if p.requires_grad):
         parameter.data += 0.05 * np.sin(i + 1)
     trainer.version = bench.version + 1
@@ -250,16 +260,16 @@ def test_what_the_trainer_publishes_is_what_the_engine_serves(bench: Bench, lora
     assert {v for c in completions for v in c.versions} == {weights.version}
     assert trainer_gap(trainer, [(r[0], c) for r, c in zip(requests, completions, strict=True)]) < TOLERANCE
     trainer.close()
-    bench.load(make_model(bench.kind), str(bench.folder))
+    bench.load(model_of(bench.kind), str(bench.folder))
 
 
-@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
-def test_close_frees_everything_and_can_be_called_twice(start: Start, tmp_path: Path) -> None:
-    make_model("llama").save_pretrained(tmp_path)
+@pytest.mark.parametrize("start", STARTS)
+def test_close_frees_everything_and_can_be_called_twice(start: str, tmp_path: Path) -> None:
+    model_of(KINDS[start][-1]).save_pretrained(tmp_path)
     before = set(multiprocessing.active_children())
 
     async def scenario() -> BaseException | Completion:
-        engine = await start(tmp_path)
+        engine = await STARTS[start](tmp_path)
         waiting = asyncio.create_task(engine.generate((5, 6), Sampling(max_tokens=200)))
         await asyncio.sleep(0.01)
         await engine.close()

@@ -15,6 +15,7 @@ from envs.episode import run_episode, transcript
 from posttrain.chat import CALL, END_CALL, END_KEY, END_VALUE, EOS, KEY, VALUE, Chat, train_tokenizer
 from posttrain.errors import EngineError, RewardError, SandboxError, ToolError
 from posttrain.types import (
+    Choices,
     Completion,
     Culprit,
     Limits,
@@ -55,6 +56,7 @@ class Script:
     turns: Sequence[str | Exception | Callable[[], Any]]
     given: list[tuple[int, ...]] = field(default_factory=list)
     sampling: list[Sampling] = field(default_factory=list)
+    records: bool = False
 
     async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
         turn = self.turns[len(self.given)]
@@ -67,7 +69,10 @@ class Script:
             raise AssertionError("never comes here")
         said, n = ids_of(turn), len(self.given)
         stop = "stop" if turn.endswith(EOS) else "length"
-        return Completion(ids=said, logprobs=(-0.5 * n,) * len(said), versions=(n,) * len(said), finish=stop)
+        read = len(ids) + len(said) - 1
+        choices = Choices(slots=bytes(2 * read), slot_shape=(1, 1)) if self.records else None
+        logprobs, versions = (-0.5 * n,) * len(said), (n,) * len(said)
+        return Completion(ids=said, logprobs=logprobs, versions=versions, finish=stop, choices=choices)
 
     async def load(self, weights: Weights) -> None: ...
 
@@ -178,6 +183,15 @@ def test_the_user_goes_on_until_there_is_nothing_to_say() -> None:
     rollout = play(Script([f"no{EOS}", f"say{EOS}", f"done{EOS}"]), Toy(replies=("more", "more go")))
     assert rollout.stop is StopReason.SCORED
     assert [m.content for m in rollout.messages] == ["go", "no", "more", "say", "more go", "done"]
+
+
+def test_the_last_turn_alone_keeps_what_the_model_chose() -> None:
+    """It covers the whole branch but the last token, which the model has not read."""
+    rollout = play(Script([f"no{EOS}", f"say{EOS}", f"done{EOS}"], records=True), Toy(replies=("more", "more go")))
+    (branch,) = rollout.branches
+    *before, last = branch
+    assert last.choices is not None and last.choices.positions == sum(len(s.ids) for s in branch) - 1
+    assert [s.choices for s in before] == [None] * 5
 
 
 def test_out_of_turns_is_the_agent_s_own_doing() -> None:

@@ -29,7 +29,7 @@ from tests.model.longcat2_tiny import NGRAM, SHAPE, YARN, randomise, tiny, token
         ({"mtp_num_layers": -1}, "mtp_num_layers=-1"),
         ({"mtp_num_layers": 3, "mtp_disable_over_tokenizer": False}, "mtp_disable_over_tokenizer"),
         ({"mtp_num_layers": 3, "mtp_replicate_modules": False}, "mtp_replicate_modules"),
-        ({"mtp_num_layers": 3, "num_nextn_predict_layers": 1}, "mtp_num_layers=3 and num_nextn_predict_layers=1"),
+        ({"mtp_num_layers": 3, "num_nextn_predict_layers": 2}, "mtp_num_layers=3 and num_nextn_predict_layers=2"),
         ({"mtp_loss_coef": 0.1}, "mtp_loss_coef=0.1 needs mtp_num_layers"),
         ({"indexer_loss_coef": 0.1}, "indexer_loss_coef=0.1 needs index_topk"),
         ({"router_bias_update_rate": 0.1}, "router_bias_update_rate=0.1 needs moe_target_topk"),

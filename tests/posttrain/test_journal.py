@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from posttrain.errors import UserError
 from posttrain.journal import Journal, read_journal, rollout_from_dict, rollout_to_dict
 from posttrain.types import (
+    Choices,
     Culprit,
     Failure,
     Limits,
@@ -140,13 +141,17 @@ messages = st.builds(
     thinking=text,
     tool_calls=st.lists(st.builds(ToolCall, name=text, arguments=mappings), max_size=2).map(tuple),
 )
+choices = st.integers(0, 3).map(
+    lambda n: Choices(slots=b"\x01\x02" * 6 * n, slot_shape=(2, 3), columns=b"\xff" * 32 * n, column_shape=(2, 1, 4))
+)
 tokens = st.tuples(st.integers(0, 2**31), st.booleans(), number, st.integers(-1, 9))
-segments = st.lists(tokens, max_size=6).map(
-    lambda rows: Segment(
-        ids=tuple(r[0] for r in rows),
-        sampled=tuple(r[1] for r in rows),
-        logprobs=tuple(r[2] for r in rows),
-        versions=tuple(r[3] for r in rows),
+segments = st.tuples(st.lists(tokens, max_size=6), st.none() | choices).map(
+    lambda made: Segment(
+        ids=tuple(r[0] for r in made[0]),
+        sampled=tuple(r[1] for r in made[0]),
+        logprobs=tuple(r[2] for r in made[0]),
+        versions=tuple(r[3] for r in made[0]),
+        choices=made[1],
     )
 ) | st.lists(st.integers(0, 99), max_size=5).map(Segment.given)
 tasks = st.builds(
@@ -193,7 +198,7 @@ def test_a_rollout_comes_back_equal(rollout: Rollout) -> None:
 
 def test_no_field_is_forgotten() -> None:
     """A field added to a noun without the journal knowing it would come back as its default."""
-    known = {Rollout: 11, Task: 9, Segment: 4, Message: 4, ToolCall: 2, Limits: 3, Score: 4, Failure: 2}
+    known = {Rollout: 11, Task: 9, Segment: 5, Choices: 4, Message: 4, ToolCall: 2, Limits: 3, Score: 4, Failure: 2}
     assert {cls: len(fields(cls)) for cls in known} == known, "teach posttrain/journal.py the new field"
 
 
