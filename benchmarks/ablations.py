@@ -7,7 +7,7 @@ twice. It is then judged on tasks of the held-out split, and decodes greedily.
 1. n-gram tables, on chains: those of the demo, tables in which hardly any n-gram meets another one, none.
 2. LSA, on conversations of four chains, 150 tokens, of which a token attends to 32: dense attention, LSA whose indexers
    learn from the first step on, LSA whose indexers stay as they were drawn.
-3. Identity slots, on all worlds that need no sandbox: loss against the routed slots that a token uses, which the bias
+3. Identity slots, on chains, rules and facts: loss against the routed slots that a token uses, which the bias
    controller holds at a target. One routed slot for every token is what the same compute buys without identity slots.
 
 Prints one table and draws it (``--out``). Needs the extra ``bench``.
@@ -117,7 +117,7 @@ class Data(NamedTuple):
 
 def ablations(quick: bool) -> dict[str, Ablation]:
     """All three, by the name that ``--only`` takes."""
-    worlds = {name: w.model_copy(update={"habit": 1.0}) for name, w in PIPELINE.worlds.items() if w.type != "code"}
+    worlds = {n: PIPELINE.worlds[n].model_copy(update={"habit": 1.0}) for n in ("chains", "rules", "facts")}
     chains = {"chains": worlds["chains"]}
     return {
         "ngram": Ablation(
@@ -130,11 +130,7 @@ def ablations(quick: bool) -> dict[str, Ablation]:
         ),
         "lsa": Ablation(
             "LSA, 32 tokens attended",
-            (
-                Arm("dense"),
-                Arm("LSA", {**LSA, "indexer_loss_coef": 1.0}),
-                Arm("LSA, random indexers", LSA),
-            ),
+            (Arm("dense"), Arm("LSA", {**LSA, "indexer_loss_coef": 1.0}), Arm("LSA, random indexers", LSA)),
             chains,
             looks=(5, 10) if quick else (80, 160, 240),
             batch=4 if quick else 12,
@@ -144,10 +140,10 @@ def ablations(quick: bool) -> dict[str, Ablation]:
         "identity": Ablation(
             "identity slots",
             (
-                Arm("2 of 4 routed", slots(0, 2, 2)),
-                Arm("2 of 4 routed + 2 identity", slots(2, 2, 1.33)),
-                Arm("2 of 4 routed + 2 identity, target 1", slots(2, 2, 1)),
-                Arm("1 of 4 routed", slots(0, 1, 1)),
+                Arm("2 of 4 routed slots", slots(0, 2, 2)),
+                Arm("2 of 4 + 2 identity, target 1.33", slots(2, 2, 1.33)),
+                Arm("2 of 4 + 2 identity, target 1", slots(2, 2, 1)),
+                Arm("1 of 4 routed slots", slots(0, 1, 1)),
             ),
             worlds,
             looks=(10, 20) if quick else (100, 200),
@@ -343,9 +339,11 @@ def figure(values: Sequence[float]) -> str:
 def draw(found: Mapping[str, tuple[Ablation, list[Result]]], out: Path) -> None:
     """One panel a figure that matters; bands and bars span the seeds."""
     panels = [(key, name) for key in found for name in ("loss", "exact") if name == "loss" or found[key][0].exams]
-    picture = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
-    for place, (key, name) in enumerate(panels):
-        axes = picture.add_subplot(1, len(panels), place + 1)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    picture = Figure(figsize=(4.8 * columns, 4.0 * rows), layout="constrained")
+    for place, (key, name) in enumerate(panels, 1):
+        axes = picture.add_subplot(rows, columns, place)
         ablation, results = found[key]
         axes.set_title(ablation.title)
         axes.set_ylabel("held-out loss" if name == "loss" else "exact answers")

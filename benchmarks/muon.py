@@ -3,7 +3,7 @@
 The same untrained model, the same rows in the same order (skill alone, so that the loss means the same at every step)
 and the same schedule, in one process with one thread. Printed: the loss at checkpoints, each a mean over ten steps; how
 many steps a run took to AdamW's final loss; and what a run cost, start of the process included. ``--matrix-lr`` names
-the rates that Muon is tried with; left out, the one of AdamW. What follows as ``--set`` goes on top of the config.
+the rates that Muon is tried with; left out, the one of AdamW. ``--set KEY=VALUE`` goes on top of the config.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def show(runs: Mapping[str, Run]) -> None:
     adamw = runs["adamw"]
     steps = sorted(adamw.losses)
     table = Table("step", *runs)
-    for step in steps[1 :: max(1, len(steps) // 10)] + steps[-1:]:
+    for step in sorted({*steps[1 :: max(1, len(steps) // 10)], steps[-1]}):
         table.add_row(str(step), *(f"{run.losses[step]:.4f}" for run in runs.values()))
     table.add_section()
     goal = adamw.losses[steps[-1]]
@@ -97,9 +97,9 @@ def main() -> None:
     sets = {"steps": options.steps, "clean_steps": options.steps, "processes": 1, "threads": 1}
     overrides = [f"cold_start.{key}={value}" for key, value in sets.items()]
     config = load(PipelineConfig, options.config, [*overrides, *options.set])
-    rates = [float(rate) for rate in options.matrix_lr.split(",") if rate]
+    rates: list[float | None] = [float(rate) for rate in options.matrix_lr.split(",") if rate]
     with tempfile.TemporaryDirectory() as folder:
-        show(compare(config, [*rates] or [None], Path(folder)))
+        show(compare(config, rates or [None], Path(folder)))
 
 
 if __name__ == "__main__":  # the processes of the cold start import this file

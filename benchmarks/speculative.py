@@ -3,8 +3,9 @@
 The model of ``configs/tiny/pipeline.yaml`` with a draft block of three steps is started on what the worlds demonstrate
 (its draft block learns beside it); a second call with the same ``--out`` finds it there. Then the engine's scheduler
 answers the first turns of held-out tasks with 0, 1, 2 and 3 draft steps: 128 side by side, and one after the other.
-The tokens are the same in all runs (but for rounding); printed is how many come of one forward of the model, how often
-the first, second and third draft is accepted, and the time next to that without drafts, the best of ``--repeat``.
+Printed is how many completions are the same as without drafts (all, but for rounding), how many drafts are accepted in
+a round of one request, how often the first, second and third one is, how many tokens come of one forward of the model,
+and the time, the best of ``--repeat``.
 """
 
 from __future__ import annotations
@@ -15,26 +16,36 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
-from transformers import AutoTokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from envs.worlds import make_world
+from experts.demonstrations import dataset, demonstrations, encode, texts
 from fusion.config import PipelineConfig
-from fusion.pipeline import Pipeline
-from posttrain.chat import Chat
+from posttrain.chat import Chat, train_tokenizer
 from posttrain.config import load
 from posttrain.engine.slots import Request
 from posttrain.engine.speculative import DraftCounts
 from posttrain.engine.worker import Scheduler, load_model
-from posttrain.run import RunDir
+from posttrain.model import Longcat2Config, Longcat2ForCausalLM
+from posttrain.optim import make_optimizer
+from posttrain.settings import Longcat2Model
 from posttrain.types import Sampling
 
 STEPS = 3
 SLOTS, MAX_CONTEXT = 128, 448
+CHANGES = [
+    f"model.settings.mtp_num_layers={STEPS}",
+    "model.settings.mtp_loss_coef=0.3",
+    "cold_start.demonstrations=6000",
+    "cold_start.clean_steps=0",
+]
 
 
 @dataclass
@@ -43,30 +54,42 @@ class Run:
 
     tokens: int
     forwards: int
-    """Of the whole model, prefills left out."""
+    """Of the whole model, prefills left out, which give the first token of each request."""
     seconds: float
     counts: DraftCounts
     ids: list[tuple[int, ...]]
 
 
-async def started(out: Path, steps: int) -> tuple[PipelineConfig, Path]:
-    """The config, and the folder of the model after its cold start."""
-    clean = steps * 4 // 5
-    changes = [
-        f"model.settings.mtp_num_layers={STEPS}",
-        "model.settings.mtp_loss_coef=0.3",
-        f"cold_start.steps={steps}",
-        f"cold_start.clean_steps={clean}",
-        "cold_start.demonstrations=6000",
-    ]
-    config = load(PipelineConfig, "configs/tiny/pipeline.yaml", changes)
-    run = RunDir.open(out, config)
-    with Progress() as progress:
-        pipeline = Pipeline(config, run, progress)
-        folder = await pipeline.base()
-        pipeline.close()
-    run.close()
-    return config, folder
+async def started(config: PipelineConfig, folder: Path) -> None:
+    """Puts a model into ``folder`` that has learned from demonstrations, and its tokenizer."""
+    c = config.cold_start
+    assert c is not None and isinstance(config.model, Longcat2Model)
+    worlds = {name: make_world(options, name) for name, options in config.worlds.items()}
+    shown = await demonstrations(worlds, c, config.seed)
+    tokenizer = train_tokenizer(texts(shown), config.model.vocab_size)
+    rows = encode(shown, Chat(tokenizer))
+    torch.manual_seed(config.seed)
+    settings = {**config.model.settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = Longcat2ForCausalLM(Longcat2Config(vocab_size=config.model.vocab_size, **settings)).train()
+    optimizer = make_optimizer(model.named_parameters(), c)
+    schedule = get_cosine_schedule_with_warmup(optimizer, c.warmup_steps, c.steps)
+    data = dataset(rows, rows, c, config.seed)
+    for step in track(range(c.steps), "cold start"):
+        batch: Any = data[step * c.batch_size : (step + 1) * c.batch_size]
+        items = sum(label != -100 for labels in batch["labels"] for label in labels[1:])
+        width = c.batch_size // c.micro_batches
+        for left in range(0, c.batch_size, width):
+            ids_BT, labels_BT = (
+                pad_sequence([torch.tensor(row) for row in batch[key][left : left + width]], True, padding)
+                for key, padding in (("input_ids", 0), ("labels", -100))
+            )
+            model(ids_BT, attention_mask=ids_BT != 0, labels=labels_BT, num_items_in_batch=items).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 async def prompts(config: PipelineConfig, chat: Chat, count: int) -> list[tuple[int, ...]]:
@@ -106,7 +129,7 @@ def one_by_one(scheduler: Scheduler, requests: Sequence[Request]) -> Run:
 def measure(title: str, folder: Path, requests: Sequence[Request], slots: int, repeat: int) -> Table:
     """A row for every number of draft steps."""
     table = Table(title=title)
-    for column in ("steps", "tokens", "the same", "tokens a forward and row", "accepted 1st / 2nd / 3rd", "s", "speed"):
+    for column in ("steps", "the same", "accepted a round", "1st / 2nd / 3rd", "tokens a forward", "s", "speed"):
         table.add_column(column, justify="right")
     model, go = load_model(str(folder)), answer if slots > 1 else one_by_one
     best: dict[int, Run] = {}
@@ -119,9 +142,10 @@ def measure(title: str, folder: Path, requests: Sequence[Request], slots: int, r
         c = run.counts
         same = sum(a == b for a, b in zip(run.ids, plain.ids, strict=True)) / len(requests)
         accepted = " / ".join(f"{a / max(p, 1):.2f}" for p, a in zip(c.proposed, c.accepted, strict=True))
-        each = c.tokens / c.rounds if c.rounds else 1.0
-        speed = f"{run.tokens / run.seconds / (plain.tokens / plain.seconds):.2f}"
-        table.add_row(str(steps), str(run.tokens), f"{same:.1%}", f"{each:.2f}", accepted, f"{run.seconds:.2f}", speed)
+        each, decoded = sum(c.accepted) / max(c.rounds, 1), (run.tokens - len(requests)) / run.forwards
+        speed = run.tokens / run.seconds / (plain.tokens / plain.seconds)
+        numbers = (f"{same:.1%}", f"{each:.2f}", accepted, f"{decoded:.2f}", f"{run.seconds:.2f}", f"{speed:.2f}")
+        table.add_row(str(steps), *numbers)
     return table
 
 
@@ -134,8 +158,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/speculative"))
     args = parser.parse_args()
-    config, folder = asyncio.run(started(args.out, args.cold_start))
     torch.set_num_threads(args.threads)
+    changes = [*CHANGES, f"cold_start.steps={args.cold_start}"]
+    config, folder = load(PipelineConfig, "configs/tiny/pipeline.yaml", changes), args.out
+    if not (folder / "config.json").exists():
+        asyncio.run(started(config, folder))
     chat = Chat(AutoTokenizer.from_pretrained(folder))
     asked = asyncio.run(prompts(config, chat, args.requests))
     requests = [

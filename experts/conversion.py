@@ -141,9 +141,9 @@ def _to_lsa(work: _Work, c: LsaConversion, batches: Iterator[list[Batch]]) -> Lo
     for step, values in _learn(model.train(), optimizer, batches, c.sparse_steps, _lm_loss):
         work.report(c.warmup_steps + step, values)
     measures.append(_measure(work, model, c.warmup_steps + c.sparse_steps))
+    log.info("conversion: on held-out conversations, at the start -> after the warm-up -> after the sparse stage:")
     for name in measures[0]:
-        figures = " -> ".join(f"{m[name]:.4f}" for m in measures)
-        log.info("conversion: %s %s (start -> after warm-up -> after the sparse stage)", name, figures)
+        log.info("conversion: %s %s", name.removeprefix("held_out/"), " -> ".join(f"{m[name]:.4f}" for m in measures))
     return model
 
 

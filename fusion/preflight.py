@@ -34,6 +34,19 @@ def preflight(path: Path, config: PipelineConfig) -> None:
     from posttrain.model import Longcat2Config
 
     try:
-        Longcat2Config(**config.model.settings, vocab_size=config.model.vocab_size)
+        model = Longcat2Config(**config.model.settings, vocab_size=config.model.vocab_size)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(f"{path}: model.settings: {error}") from None
+    steps, there = config.engine.draft_steps, model.mtp_num_layers or 0
+    if steps > there:
+        raise ConfigError(
+            f"{path}: engine.draft_steps: {steps}, but model.settings.mtp_num_layers is {there}: lower the one or "
+            "raise the other"
+        )
+    if config.conversion is not None:
+        from experts.conversion import sparse_config
+
+        try:
+            sparse_config(model, config.conversion)
+        except ValueError as error:
+            raise ConfigError(f"{path}: conversion: {error}") from None

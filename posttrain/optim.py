@@ -2,6 +2,7 @@
 
 What Muon takes for a matrix: a 2-D parameter, and in a bank [N, R, C] of experts each of the N; where gate and up rows
 lie in one tensor, each half. What is not hidden (embeddings, heads, routers) is named in ``MuonConfig.exclude``.
+torch iterates in bfloat16; on a CPU that has none, Muon made the tiny cold start 1.7 times as long.
 """
 
 from __future__ import annotations

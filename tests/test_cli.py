@@ -33,7 +33,13 @@ CASES = {
     "mixed domains": (["--set", "experts.agent.worlds.chains=1"], ["experts.agent.worlds", "one domain"]),
     "model shape": (["--set", "model.settings.hidden_size=100"], ["model.settings", "hidden_size"]),
     "model setting": (["--set", "model.settings.rope_scaling=3"], ["model.settings"]),
-    "not implemented": (["--set", "model.settings.index_topk=64"], ["model.settings", "index_topk"]),
+    "budget": (["--set", "model.settings.index_topk=64"], ["model.settings", "index_topk=64", "raise index_topk"]),
+    "not implemented": (["--set", "model.settings.norm_topk_prob=true"], ["model.settings", "norm_topk_prob"]),
+    "drafts": (["--set", "engine.draft_steps=2"], ["engine.draft_steps", "mtp_num_layers"]),
+    "index heads": (
+        ["--set", "conversion={type: lsa, index_head_dim: 4}"],
+        ["conversion", "index_head_dim=4", "qk_rope_head_dim=8"],
+    ),
     "bad --set": (["--set", "seed"], ["--set seed", "KEY=VALUE"]),
     "no docker": (
         ["--set", "worlds.code.sandbox={type: docker}"],

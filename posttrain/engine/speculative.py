@@ -90,7 +90,7 @@ class Drafter:
         if not any(counts):
             return drafts
         # All steps see as many columns as the verification: they must be sparse, or dense, all of them.
-        end = max(len(s.context) + n for s, n in zip(slots, counts, strict=True))
+        end = max(len(s.context) + n for s, n in zip(slots, counts, strict=True) if s.request is not None)
         tokens = [s.context[-len(s.states) :] if n else [] for s, n in zip(slots, counts, strict=True)]
         starts = [len(s.context) - 1 - len(t) for s, t in zip(slots, tokens, strict=True)]
         hidden_BTH, columns_BTK = self._take_states(slots, counts), None

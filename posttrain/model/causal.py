@@ -34,9 +34,9 @@ class Longcat2ForCausalLM(Longcat2PreTrainedModel, GenerationMixin):
 
     def freeze_idle(self) -> None:
         """Turns off the gradients of what no loss of this config reaches: indexers, draft block."""
-        off = {"indexer": self.config.indexer_loss_coef == 0, "mtp": self.config.mtp_loss_coef == 0}
         for name, parameter in self.named_parameters():
-            if (off["indexer"] and ".indexer." in name) or (off["mtp"] and ".mtp." in name):
+            of_draft = ".mtp." in name and not self.config.mtp_loss_coef
+            if not self.config.indexer_loss_coef if ".indexer." in name else of_draft:
                 parameter.requires_grad_(False)
 
     @can_return_tuple
@@ -101,10 +101,11 @@ class Longcat2ForCausalLM(Longcat2PreTrainedModel, GenerationMixin):
     def _draft_loss(
         self, input_ids: Tensor | None, labels: Tensor | None, outputs: Longcat2Output, items: Any
     ) -> Tensor | None:
-        """Cross entropy of the draft steps. Without labels every live token is one, and the draft learns alone: nothing
-        flows into the policy, which then has another objective."""
+        """Cross entropy of the draft steps; their indexer's loss is added to the others'. Without labels every live
+        token is one, and the draft learns alone: nothing flows into the policy, which then has another objective."""
         mtp, plan, hidden_BTH = self.model.mtp, outputs.plan, outputs.last_hidden_state
-        if mtp is None or not self.config.mtp_loss_coef or input_ids is None or plan is None or hidden_BTH is None:
+        wanted = self.config.mtp_loss_coef or outputs.index_loss is not None
+        if mtp is None or not wanted or input_ids is None or plan is None or hidden_BTH is None:
             return None
         embedded_BTH, head = self.model.embed_tokens(input_ids), self.lm_head.weight
         if labels is None:
@@ -115,6 +116,8 @@ class Longcat2ForCausalLM(Longcat2PreTrainedModel, GenerationMixin):
         )
         if index_loss is not None:
             outputs.index_loss = total([outputs.index_loss, index_loss])
+        if not self.config.mtp_loss_coef:
+            return None
         visibility = plan.attention.visibility
         return draft_loss(lambda state: F.linear(state, head), states, labels, visibility, items)
 

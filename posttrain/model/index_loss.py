@@ -71,21 +71,21 @@ class _IndexKL(torch.autograd.Function):
             if columns_BTK is None:
                 seen_BtK = visibility.rows(part.start, part.stop).expand(batch, -1, -1)
                 p_BtK = _dense_probs(q_BThE[:, part], kv_BSE[:, :end], seen_BtK)
-                k = k_BSD[:, None, :end].float()
+                k = k_BSD[:, :end].float()
             else:
                 columns_BtK = columns_BTK[:, part].long()
                 seen_BtK = columns_BtK >= 0
                 p_BtK = support_probs(q_BThE[:, part], kv_BSE, columns_BtK)
                 rows = torch.arange(batch, device=q.device)[:, None, None]
                 k = k_BSD[rows, columns_BtK.clamp(min=0)].float()  # [B, t, K, D]
-            hit_BtIK = torch.matmul(q, k.mT).relu_()
+            hit_BtIK = _each(q, k.mT).relu_()
             scores_BtK = torch.matmul(w.unsqueeze(2), hit_BtIK).squeeze(2).masked_fill(~seen_BtK, -torch.inf)
             log_pi = scores_BtK.log_softmax(dim=-1).masked_fill(~seen_BtK, 0.0)
             loss += (weight_BT[:, part, None] * (torch.xlogy(p_BtK, p_BtK) - p_BtK * log_pi)).sum()
             g_BtK = (log_pi.exp().masked_fill(~seen_BtK, 0.0) - p_BtK) * weight_BT[:, part, None]
             dw[:, part] = torch.matmul(hit_BtIK, g_BtK.unsqueeze(-1)).squeeze(-1)
             d_hit = (g_BtK.unsqueeze(2) * w.unsqueeze(-1)).mul_(hit_BtIK > 0)
-            dq[:, part] = torch.matmul(d_hit, k)
+            dq[:, part] = _each(d_hit, k)
             if columns_BTK is None:
                 dk[:, :end] += torch.matmul(d_hit.flatten(1, 2).mT, q.flatten(1, 2))
             else:
@@ -101,9 +101,17 @@ class _IndexKL(torch.autograd.Function):
 
 def _dense_probs(q_BthE: Tensor, kv_BsE: Tensor, seen_Bts: Tensor) -> Tensor:
     """Mean over heads of the attention weights, float32 [B, t, s]; a token that sees nothing gets zeros."""
-    logits_Bths = torch.matmul(q_BthE.float(), kv_BsE[:, None].float().mT)
+    logits_Bths = _each(q_BthE.float(), kv_BsE.float().mT)
     logits_Bths.masked_fill_(~seen_Bts.unsqueeze(2), -torch.inf)
     return logits_Bths.softmax(dim=-1).mean(dim=2).masked_fill(~seen_Bts, 0.0)
+
+
+def _each(a_BtIX: Tensor, b: Tensor) -> Tensor:
+    """Matrix products; ``b`` [B, X, Y] is one for all tokens of a row, [B, t, X, Y] one for each. Left to broadcasting,
+    matmul would copy the former for every token."""
+    if b.ndim == 4:
+        return torch.matmul(a_BtIX, b)
+    return torch.bmm(a_BtIX.flatten(1, 2), b).unflatten(1, a_BtIX.shape[1:3])
 
 
 def _add_rows(out_BSD: Tensor, columns_BtK: Tensor, rows_BtKD: Tensor) -> None:

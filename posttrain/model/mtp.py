@@ -145,13 +145,15 @@ def _attend(
         rows = torch.arange(tokens * steps, device=columns.device, dtype=columns.dtype) + kv_BSE.shape[1]
         every_BTK = torch.cat((columns, rows.view(1, tokens, steps).expand(batch, -1, -1)), dim=-1)
         return sparse_attend(q_BThE, torch.cat((kv_BSE, own_BTmE.flatten(1, 2)), dim=1), every_BTK, latent)
-    logits_BThS = torch.matmul(q_BThE, kv_BSE[:, None].mT)
+    heads = q_BThE.shape[2]  # flattened by hand: matmul would copy the shared rows for every token
+    logits_BThS = torch.bmm(q_BThE.flatten(1, 2), kv_BSE.mT).unflatten(1, (tokens, heads))
     seen_BTS = plan.visibility.rows(0, tokens)
     logits_BThS = logits_BThS.masked_fill(~seen_BTS.unsqueeze(2), torch.finfo(logits_BThS.dtype).min)
     logits_BThm = torch.matmul(q_BThE, own_BTmE.mT)
     weights = torch.cat((logits_BThS, logits_BThm), dim=-1).softmax(dim=-1, dtype=torch.float32).to(q_BThE.dtype)
     past, own = weights.split((kv_BSE.shape[1], steps), dim=-1)
-    return torch.matmul(past, kv_BSE[:, None, :, :latent]) + torch.matmul(own, own_BTmE[..., :latent])
+    mixed_BThC = torch.bmm(past.flatten(1, 2), kv_BSE[..., :latent]).unflatten(1, (tokens, heads))
+    return mixed_BThC + torch.matmul(own, own_BTmE[..., :latent])
 
 
 def draft_loss(

@@ -11,7 +11,7 @@ from posttrain.model.visibility import Visibility
 
 
 def streaming_columns(visibility: Visibility, config: Longcat2Config) -> Tensor:
-    """Columns of every current token, int32 [B, T, K], -1 for none: the sink blocks, and its own block with those
+    """Columns of every current token, int32 [1 or B, T, K], -1 for none: the sink blocks, and its own block with those
     before it."""
     block, sinks = config.streaming_block_size, config.streaming_sink_blocks * config.streaming_block_size
     own_BT = visibility.own_rank_BT()

@@ -135,6 +135,12 @@ def test_idle_parts_are_frozen() -> None:
     model.freeze_idle()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if ".mtp." in name or ".indexer." in name}
+    indexers = tiny(**MTP, **LSA, indexer_loss_coef=0.1).train()
+    indexers.freeze_idle()
+    indexers(tokens(2, 30, seed=1)).aux_loss.backward()
+    learned = {name for name, p in indexers.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learned == {name for name, _ in indexers.named_parameters() if ".indexer." in name}
+    assert any(".mtp." in name for name in learned)
     learning = tiny(**MTP, **LSA, mtp_loss_coef=0.1, indexer_loss_coef=0.1)
     learning.freeze_idle()
     assert all(p.requires_grad for p in learning.parameters())
