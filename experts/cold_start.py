@@ -116,7 +116,9 @@ def _work(rank: int, job: _Job, steps: Any) -> None:
     torch.set_num_threads(c.threads)
     if c.deterministic:
         determinism.enforce()
-    model = load_any(job.start, torch.float32)
+    checkpoint = get_last_checkpoint(str(job.folder))
+    # Here, not by the Trainer alone: it does not know the names that fused weights have on disk.
+    model = load_any(checkpoint or job.start, torch.float32)
     callbacks: list[TrainerCallback] = [_Report(steps)] if rank == 0 else []
     if isinstance(model, Longcat2ForCausalLM):
         model.freeze_idle()
@@ -130,7 +132,7 @@ def _work(rank: int, job: _Job, steps: Any) -> None:
         optimizers=(make_optimizer(model.named_parameters(), c), None),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(job.folder)))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(job.folder / "model"))
     if rank == 0:
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
