@@ -35,5 +35,5 @@ $(VENV)/installed: $(INPUTS) | $(BIN)/python
 
 $(VENV)/installed-dev: $(INPUTS) | $(BIN)/python
 	@echo "installing posttrain and what its tests need into $(VENV), the first time some minutes"
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,bench]'
 	@touch $(VENV)/installed $@

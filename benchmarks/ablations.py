@@ -298,7 +298,7 @@ async def grade(chat: Chat, world: World, task: Task, ids: list[int]) -> float:
 
 
 def measure(ablation: Ablation, seeds: Sequence[int], console: Console) -> list[Result]:
-    """All arms under all seeds."""
+    """All arms under all seeds; prints loss and share of exact answers at each look as they come."""
     results = [Result(arm.name) for arm in ablation.arms]
     for seed in seeds:
         data = make_data(ablation, seed)
@@ -306,8 +306,11 @@ def measure(ablation: Ablation, seeds: Sequence[int], console: Console) -> list[
             started = time.monotonic()
             result.parameters, looks = train(ablation, arm, data, seed)
             result.looks.append(looks)
-            seconds = time.monotonic() - started
-            console.print(f"{ablation.title}, seed {seed}, {arm.name}: {seconds:.0f} s", style="dim", highlight=False)
+            took = f"{time.monotonic() - started:.0f} s"
+            figures = "; ".join(f"{look.loss:.3f} {figure([look.exact])}".rstrip() for look in looks)
+            console.print(
+                f"{ablation.title}, seed {seed}, {arm.name}: {figures} ({took})", style="dim", highlight=False
+            )
     return results
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.multiprocessing.spawn import start_processes
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.sft_config import SFTConfig
@@ -92,6 +92,13 @@ class _Report(TrainerCallback):
         self._steps.put(state.global_step)
 
 
+class _OwnLoss(SFTTrainer):
+    """Asks the model for its loss. TRL's fused head, which runs the backbone alone, leaves out what the model adds."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+
 class _RouterBiases(TrainerCallback):
     """Load control after every optimizer step, at the pace of the learning rate."""
 
@@ -123,7 +130,8 @@ def _work(rank: int, job: _Job, steps: Any) -> None:
     if isinstance(model, Longcat2ForCausalLM):
         model.freeze_idle()
         callbacks.append(_RouterBiases(model))
-    trainer = SFTTrainer(
+    kind = _OwnLoss if isinstance(model, Longcat2ForCausalLM) and model.has_aux_loss else SFTTrainer
+    trainer = kind(
         model=model,
         args=_arguments(job),
         train_dataset=load_from_disk(job.data),  # pyright: ignore[reportArgumentType]

@@ -32,6 +32,12 @@ class Longcat2ForCausalLM(Longcat2PreTrainedModel, GenerationMixin):
         """See ``Longcat2Model.set_attention_path``."""
         self.model.set_attention_path(path)
 
+    @property
+    def has_aux_loss(self) -> bool:
+        """Whether training adds anything to the loss of the labels."""
+        c = self.config
+        return any((c.mtp_loss_coef, c.indexer_loss_coef, c.router_aux_loss_coef, c.z_loss_coef))
+
     def freeze_idle(self) -> None:
         """Turns off the gradients of what no loss of this config reaches: indexers, draft block."""
         for name, parameter in self.named_parameters():
