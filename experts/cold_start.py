@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.multiprocessing.spawn import start_processes
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 from trl.trainer.sft_config import SFTConfig
@@ -58,12 +59,27 @@ def train(
     data.save_to_disk(rows)
     job = _Job(start=start, data=rows, folder=folder, config=config, seed=seed, port=_free_port())
     steps: Any = get_context("spawn").SimpleQueue()
+    _remove_unfinished(folder)
     workers = start_processes(_work, (job, steps), config.processes, join=False, start_method="spawn")
     assert workers is not None
-    while not workers.join(_POLL_S):
-        while not steps.empty():
-            on_step(steps.get())
+    try:
+        while not workers.join(_POLL_S):
+            while not steps.empty():
+                on_step(steps.get())
+    finally:
+        for process in filter(None, workers.processes):
+            process.kill()  # nothing, unless this function raises
+            process.join()
     return json.loads((folder / "log.json").read_text())
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Checkpoints that a killed run did not write to the end; the one before is removed only after that."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # written last
+        except (OSError, ValueError):
+            remove(checkpoint)
 
 
 def _free_port() -> int:
@@ -92,7 +108,13 @@ class _Report(TrainerCallback):
         self._steps.put(state.global_step)
 
 
-class _OwnLoss(SFTTrainer):
+class _Sft(SFTTrainer):
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the model came with its checkpoint's weights, and transformers does not know the names that fused
+        ones have on disk."""
+
+
+class _OwnLoss(_Sft):
     """Asks the model for its loss. TRL's fused head, which runs the backbone alone, leaves out what the model adds."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,13 +146,12 @@ def _work(rank: int, job: _Job, steps: Any) -> None:
     if c.deterministic:
         determinism.enforce()
     checkpoint = get_last_checkpoint(str(job.folder))
-    # Here, not by the Trainer alone: it does not know the names that fused weights have on disk.
     model = load_any(checkpoint or job.start, torch.float32)
     callbacks: list[TrainerCallback] = [_Report(steps)] if rank == 0 else []
     if isinstance(model, Longcat2ForCausalLM):
         model.freeze_idle()
         callbacks.append(_RouterBiases(model))
-    kind = _OwnLoss if isinstance(model, Longcat2ForCausalLM) and model.has_aux_loss else SFTTrainer
+    kind = _OwnLoss if isinstance(model, Longcat2ForCausalLM) and model.has_aux_loss else _Sft
     trainer = kind(
         model=model,
         args=_arguments(job),

@@ -66,6 +66,12 @@ class PipelineConfig(Config):
         for domain in self.fusion.domains:
             if domain not in taught:
                 raise ValueError(f"fusion.domains: no expert teaches `{domain}`; taught are: {', '.join(taught)}")
+        replaying = [f"experts.{e}" for e, c in self.experts.items() if c.trainer.replay_choices]
+        replaying += ["fusion"] if self.fusion.trainer.replay_choices else []
+        if replaying and not self.engine.record_choices:
+            raise ValueError(
+                f"{replaying[0]}.trainer.replay_choices: there is nothing to replay; set engine.record_choices to true"
+            )
         if self.cold_start is None and self.model.type == "longcat2":
             raise ValueError("cold_start: a model that starts at random needs one; set it or use model.type pretrained")
         return self

@@ -253,7 +253,7 @@ class Pipeline:
     async def _engine_for_all(self, stack: AsyncExitStack, base: Path) -> LocalEngine:
         """The engine that all policies are evaluated on; started when the first of them needs it."""
         if self._engine is None:
-            self._engine = await start_engine(self.config.engine, base)
+            self._engine = await start_engine(self.config.engine.model_copy(update={"record_choices": False}), base)
             stack.push_async_callback(self._engine.close)
         return self._engine
 

@@ -36,6 +36,10 @@ CASES = {
     "budget": (["--set", "model.settings.index_topk=64"], ["model.settings", "index_topk=64", "raise index_topk"]),
     "not implemented": (["--set", "model.settings.norm_topk_prob=true"], ["model.settings", "norm_topk_prob"]),
     "drafts": (["--set", "engine.draft_steps=2"], ["engine.draft_steps", "mtp_num_layers"]),
+    "nothing to replay": (
+        ["--set", "fusion.trainer.replay_choices=true"],
+        ["fusion.trainer.replay_choices", "engine.record_choices to true"],
+    ),
     "index heads": (
         ["--set", "conversion={type: lsa, index_head_dim: 4}"],
         ["conversion", "index_head_dim=4", "qk_rope_head_dim=8"],

@@ -43,6 +43,12 @@ class Scheduler:
         window = getattr(model.config, "sliding_window", None)
         if window is not None and window < max_context:
             raise ValueError(f"sliding-window attention is not implemented: set max_context to at most {window}")
+        pages = model.config.hi_min_tokens if getattr(model.config, "use_hi", False) else max_context + 1
+        if pages <= max_context:
+            raise ValueError(
+                f"engine.max_context: {max_context}, but from {pages} tokens on (hi_min_tokens) this model's prefills "
+                "choose by pages, and this engine does not: lower the one, or set the model's use_hi to false"
+            )
         self.model, self.max_context = model.eval(), max_context
         self.cache = SlotCache(num_slots, max_context)
         self.drafter = Drafter(model, self.cache, draft_steps) if draft_steps else None

@@ -169,7 +169,6 @@ class LongcatMLA(nn.Module):
         self, q_nope_BThN: Tensor, q_rope_BThR: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, columns_BTK: Tensor
     ) -> Tensor:
         """Attends in latent space to the chosen columns only; returns [B, T, h * V]."""
-        q_BThE = self.latent_queries(q_nope_BThN, q_rope_BThR)
         if columns_BTK.shape[1] * columns_BTK.shape[2] < latent_BSC.shape[1]:
             # A step of decoding copies what was chosen, not the whole cache.
             rows_BM = columns_BTK.flatten(1).clamp(min=0).long()
@@ -179,8 +178,18 @@ class LongcatMLA(nn.Module):
             places = torch.arange(rows_BM.shape[1], device=rows_BM.device).view(1, *columns_BTK.shape[1:])
             columns_BTK = places.masked_fill(columns_BTK < 0, -1)
         kv_BSE = torch.cat((latent_BSC, k_rope_BSR), dim=-1)
-        mixed_BThC = sparse_attend(q_BThE, kv_BSE, columns_BTK, self.latent)
-        return self.values(mixed_BThC)
+        # Queries against latents are several times as wide as those that they are made of: without gradients they live
+        # for a few tokens only. With them one call sums the gradient of kv in float32.
+        step = 64 if q_nope_BThN.device.type == "cpu" else 4096
+        if torch.is_grad_enabled():
+            step = q_nope_BThN.shape[1]
+        mixed_BTD = [
+            self.values(sparse_attend(self.latent_queries(q_nope_BtN, q_rope_BtR), kv_BSE, columns_BtK, self.latent))
+            for q_nope_BtN, q_rope_BtR, columns_BtK in zip(
+                q_nope_BThN.split(step, 1), q_rope_BThR.split(step, 1), columns_BTK.split(step, 1), strict=True
+            )
+        ]
+        return mixed_BTD[0] if len(mixed_BTD) == 1 else torch.cat(mixed_BTD, dim=1)
 
     def latent_queries(self, q_nope_BThN: Tensor, q_rope_BThR: Tensor) -> Tensor:
         """Scaled queries against ``[latent | rotated key]`` rows, [B, T, h, C + R]."""

@@ -32,7 +32,7 @@ def select(queries: IndexQueries, visibility: Visibility, config: Longcat2Config
         flat = _flat_tokens(visibility, config)
         for b in range(batch if flat < tokens else 0):
             chosen_BTK[b, flat:] = _select_by_pages(IndexQueries(*(x[b] for x in queries)), flat, visibility, config)
-    step = 32 if chosen_BTK.device.type == "cpu" else 1024
+    step = 64 if chosen_BTK.device.type == "cpu" else 1024
     for start in range(0, flat, step):
         stop = min(start + step, flat)
         end = visibility.end(start, stop)

@@ -71,7 +71,11 @@ class _SparseAttention(torch.autograd.Function):
         out_BThC = q_BThD.new_empty(*q_BThD.shape[:3], value_width)
         out_NhC = out_BThC.view(-1, *out_BThC.shape[2:])
         for part in _parts(q_BThD, kv_BSD, columns_BTK):
-            out_NhC[part.span] = torch.bmm(part.weights_nhK, part.rows_nKD[..., :value_width])
+            rows_nKC = part.rows_nKD[..., :value_width]
+            if out_NhC.dtype == rows_nKC.dtype:
+                torch.bmm(part.weights_nhK, rows_nKC, out=out_NhC[part.span])
+            else:
+                out_NhC[part.span] = torch.bmm(part.weights_nhK, rows_nKC)
         return out_BThC
 
     @staticmethod

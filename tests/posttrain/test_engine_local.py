@@ -21,6 +21,7 @@ from posttrain.engine.local import LocalEngine
 from posttrain.engine.worker import Request, Scheduler
 from posttrain.errors import EngineError
 from posttrain.types import Completion, Sampling, Weights
+from tests.model.longcat2_tiny import LSA
 from tests.posttrain.tiny import all_logprobs, make_ids, make_model
 
 TOLERANCE = 1e-4
@@ -172,6 +173,14 @@ def test_any_causal_model_is_served_as_its_own_forward_has_it(kind: str) -> None
     model = make_model(kind)
     requests = [request(i, make_ids(Random(i), n), 12, i) for i, n in enumerate((3, 50, 30, 60, 7, 100, 3, 41))]
     assert gap(model, requests, serve(Scheduler(model, 6, 128), requests)) < TOLERANCE
+
+
+def test_a_context_in_which_prefills_choose_by_pages_is_refused() -> None:
+    pages: dict[str, Any] = {"use_hi": True, "hi_page_size": 8, "hi_block_size": 4, "hi_pages": 4, "hi_min_tokens": 64}
+    model = make_model("longcat2", **LSA, **pages)
+    with pytest.raises(ValueError, match=r"max_context: 64, but from 64 tokens on \(hi_min_tokens\)"):
+        Scheduler(model, 2, 64)
+    Scheduler(model, 2, 63)
 
 
 def test_a_sliding_window_shorter_than_the_context_is_refused() -> None:
