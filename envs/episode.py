@@ -1,4 +1,7 @@
-"""One episode: ask, parse, act, append, until the conversation is over; then grade while the session is still open."""
+"""One episode: ask, parse, act, append, until the conversation is over; then grade while the session is still open.
+
+A context that is rewritten opens a branch: a token sequence of its own, whose log-probs are those the sampler had.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from envs.context import SUMMARISE, ContextConfig, Rewrite, due, rewritten
 from posttrain.chat import Chat, ParseError
 from posttrain.errors import EpisodeError, ToolError, boundary
 from posttrain.protocols import Engine, Session, World
 from posttrain.types import (
+    Completion,
     Culprit,
     Failure,
     Message,
@@ -28,6 +33,7 @@ log = logging.getLogger(__name__)
 
 Scorer = Callable[[Rollout, float], Score]
 
+_KEEP = ContextConfig()
 _SAME_CALLS = 4
 """The same call this often in one episode is a loop."""
 _STOP_OF: dict[Culprit, StopReason] = {
@@ -40,15 +46,57 @@ _STOP_OF: dict[Culprit, StopReason] = {
 
 @dataclass(slots=True)
 class _State:
-    segments: list[Segment] = field(default_factory=list)
+    branches: list[list[Segment]] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     parse_errors: list[str] = field(default_factory=list)
     tool_errors: int = 0
     calls: list[ToolCall] = field(default_factory=list)
+    answers: int = 0
+    """What the model was asked for, turns and summaries."""
+    turns: int = 0
+    """Turns of the present branch."""
 
     @property
     def ids(self) -> list[int]:
-        return [i for s in self.segments for i in s.ids]
+        return [i for s in self.branches[-1] for i in s.ids]
+
+    @property
+    def sampled(self) -> bool:
+        return any(any(s.sampled) for branch in self.branches for s in branch)
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Open a branch with what the model is given."""
+        self.branches.append([Segment.given(ids)])
+        self.turns = 0
+
+    def add(self, segment: Segment) -> None:
+        """Append to the present branch."""
+        if segment.choices is not None:  # those of the turns before are among them
+            self.branches[-1] = [replace(s, choices=None) for s in self.branches[-1]]
+        self.branches[-1].append(segment)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asker:
+    """Samples the next tokens of the present branch."""
+
+    engine: Engine
+    chat: Chat
+    seed: int
+    temperature: float
+
+    async def __call__(self, state: _State, max_tokens: int) -> Completion:
+        sampling = Sampling(
+            temperature=self.temperature,
+            max_tokens=max_tokens,
+            stop_ids=self.chat.stop_ids,
+            seed=self.seed + state.answers,
+        )
+        state.answers += 1
+        completion = await self.engine.generate(state.ids, sampling)
+        if completion.ids:
+            state.add(Segment.from_completion(completion))
+        return completion
 
 
 async def run_episode(
@@ -62,6 +110,7 @@ async def run_episode(
     group: str,
     seed: int,
     temperature: float = 1.0,
+    context: ContextConfig = _KEEP,
 ) -> Rollout:
     """Play ``task``. Never raises for what happens inside: a failure becomes the rollout's ``error`` and culprit."""
     started = time.monotonic()
@@ -72,7 +121,7 @@ async def run_episode(
             id=rollout_id,
             group=group,
             task=task,
-            branches=(tuple(state.segments),),
+            branches=tuple(tuple(branch) for branch in state.branches) or ((),),
             messages=tuple(state.messages),
             stop=stop,
             error=error,
@@ -87,10 +136,10 @@ async def run_episode(
             session = await world.open(task)
         try:
             async with asyncio.timeout(task.limits.timeout_s):
-                stop = await _converse(engine, session, chat, task, state, seed, temperature)
+                stop = await _converse(_Asker(engine, chat, seed, temperature), session, task, state, context)
         except TimeoutError:
             stop = StopReason.AGENT_TIMEOUT
-        if not any(any(s.sampled) for s in state.segments):
+        if not state.sampled:
             return rollout(StopReason.NO_MODEL_CALL)
         finished = rollout(stop)
         with boundary(Culprit.REWARD):
@@ -114,20 +163,14 @@ async def _close(session: Session, rollout_id: str) -> None:
         log.warning("%s: its session could not be closed (%s: %s)", rollout_id, error.__class__.__name__, error)
 
 
-async def _converse(
-    engine: Engine, session: Session, chat: Chat, task: Task, state: _State, seed: int, temperature: float
-) -> StopReason:
-    state.segments.append(Segment.given(chat.opening(task.prompt, session.tools, task.thinking)))
+async def _converse(ask: _Asker, session: Session, task: Task, state: _State, context: ContextConfig) -> StopReason:
+    chat = ask.chat
+    state.begin(chat.opening(task.prompt, session.tools, task.thinking))
     for turn in range(task.limits.max_turns):
-        sampling = Sampling(
-            temperature=temperature, max_tokens=task.limits.max_tokens, stop_ids=chat.stop_ids, seed=seed + turn
-        )
-        completion = await engine.generate(state.ids, sampling)
+        completion = await ask(state, task.limits.max_tokens)
         if not completion.ids:
             return StopReason.CONTEXT_OVERFLOW
-        if completion.choices is not None:  # those of the turns before are among them
-            state.segments = [replace(s, choices=None) for s in state.segments]
-        state.segments.append(Segment.from_completion(completion))
+        state.turns += 1
         try:
             message = chat.parse(completion.ids, session.tools, task.thinking)
         except ParseError as error:
@@ -149,9 +192,33 @@ async def _converse(
         state.messages += added
         if any(state.calls.count(c) >= _SAME_CALLS for c in state.calls[-1:]):
             return StopReason.LOOP
-        if turn + 1 < task.limits.max_turns:
-            state.segments.append(Segment.given(chat.addition(added, task.thinking)))
+        if turn + 1 < task.limits.max_turns and not await _go_on(ask, session, task, state, context, added):
+            return StopReason.CONTEXT_OVERFLOW
     return StopReason.AGENT_TIMEOUT
+
+
+async def _go_on(
+    ask: _Asker, session: Session, task: Task, state: _State, context: ContextConfig, added: list[Message]
+) -> bool:
+    """Append what followed the turn, or rewrite the context; False if there is no room for a summary."""
+    given = ask.chat.addition(added, task.thinking)
+    tokens = len(state.ids) + len(given)
+    rewrite = due(context, tokens=tokens, turns=state.turns, rewrites=len(state.branches) - 1)
+    if rewrite is None:
+        state.add(Segment.given(given))
+        return True
+    summary = None
+    if rewrite is Rewrite.SUMMARISE:
+        state.add(Segment.given(ask.chat.addition([*added, SUMMARISE], False)))
+        completion = await ask(state, context.summary_tokens)
+        if not completion.ids:
+            return False
+        summary = ask.chat.plain(completion.ids)
+    messages = rewritten(task, summary)
+    # For people and rewards: what was said stays, then what the model was left with.
+    state.messages += messages[len(task.prompt) :]
+    state.begin(ask.chat.opening(messages, session.tools, task.thinking))
+    return True
 
 
 async def _act(session: Session, call: ToolCall, state: _State) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from envs.context import ContextConfig
 from envs.episode import run_episode
 from posttrain.chat import Chat
 from posttrain.protocols import Engine, World
@@ -14,8 +15,16 @@ from rewards import RewardConfig, score
 class Player:
     """Plays a task of any of ``worlds``. Implements ``loop.RunRollout``."""
 
-    def __init__(self, worlds: Mapping[str, World], chat: Chat, reward: RewardConfig, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        worlds: Mapping[str, World],
+        chat: Chat,
+        reward: RewardConfig,
+        temperature: float = 1.0,
+        context: ContextConfig | None = None,
+    ) -> None:
         self.worlds, self.chat, self.reward, self.temperature = worlds, chat, reward, temperature
+        self.context = context or ContextConfig()
 
     def _score(self, rollout: Rollout, outcome: float) -> Score:
         return score(rollout, outcome, self.reward)
@@ -31,4 +40,5 @@ class Player:
             group=group,
             seed=seed,
             temperature=self.temperature,
+            context=self.context,
         )

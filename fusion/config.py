@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from envs.context import ContextConfig
 from envs.worlds import WorldConfig, make_world
 from experts.config import ColdStartConfig, ConversionConfig, EvaluationConfig, ExpertConfig
 from posttrain.config import Config
@@ -38,6 +39,8 @@ class PipelineConfig(Config):
     """Where rollouts are sampled."""
     worlds: dict[str, WorldConfig]
     """Name to world."""
+    context: ContextConfig = ContextConfig()
+    """What becomes of a conversation that grows long."""
     cold_start: ColdStartConfig | None = ColdStartConfig()
     """null: the model is used as it is."""
     conversion: ConversionConfig | None = None

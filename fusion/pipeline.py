@@ -168,13 +168,14 @@ class Pipeline:
         return dataset(encode(clean, chat), encode(mixed, chat), c.cold_start, seed)
 
     def _player(self, base: Path, reward: RewardConfig, temperature: float = 1.0) -> Player:
-        return Player(self.worlds, Chat(AutoTokenizer.from_pretrained(base)), reward, temperature)
+        chat = Chat(AutoTokenizer.from_pretrained(base))
+        return Player(self.worlds, chat, reward, temperature, self.config.context)
 
     async def expert(self, name: str) -> Path:
         """The folder of the trained expert."""
         c, stage, base = self.config.experts[name], f"expert-{name}", await self.base()
         used = {world: self.config.worlds[world] for world in c.worlds}
-        key = self._digest(stage, c, used, self.config.engine, self.digests["base"])
+        key = self._digest(stage, c, used, self.config.engine, self.config.context, self.digests["base"])
         await self._stage(stage, key, partial(self._train_expert, name, c, base))
         return self.run.checkpoint(stage)
 
@@ -199,7 +200,7 @@ class Pipeline:
         c, base = self.config.fusion, await self.base()
         teachers = {self.domains[name]: await self.expert(name) for name in self.config.experts}
         inputs = [self.digests[f"expert-{name}"] for name in self.config.experts]
-        key = self._digest("fusion", c, self.config.engine, self.digests["base"], *inputs)
+        key = self._digest("fusion", c, self.config.engine, self.config.context, self.digests["base"], *inputs)
         await self._stage("fusion", key, partial(self._fuse, base, teachers))
         return self.run.checkpoint("fusion")
 
@@ -236,7 +237,8 @@ class Pipeline:
             start = partial(self._engine_for_all, stack, policies["base"])
             for number, (label, folder) in enumerate(policies.items()):
                 stage = f"evaluation-{label}"
-                key = self._digest(stage, self.config.evaluation, self.config.worlds, self.digests[sources[label]])
+                asked = (self.config.evaluation, self.config.worlds, self.config.context)
+                key = self._digest(stage, *asked, self.digests[sources[label]])
                 weights = Weights(version=number, where=str(folder))
                 await self._stage(stage, key, partial(self._evaluate, stage, label, policies["base"], start, weights))
         found = results(

@@ -178,6 +178,10 @@ class Chat:
         """Text with the markup visible."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def plain(self, ids: Sequence[int]) -> str:
+        """Text without markup."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
     def parse(self, ids: Sequence[int], tools: Sequence[Tool], thinking: bool) -> Message:
         """The assistant message that was sampled. Raises ParseError."""
         runs = groupby(ids, self._markup.__contains__)

@@ -151,12 +151,11 @@ def score(rollout: Rollout, outcome: float) -> Score:
     return Score(value=outcome / 3, outcome=outcome)
 
 
-def play(engine: Script, world: Toy, task_: Task | None = None, scorer: Any = score, seed: int = 7) -> Rollout:
-    done = asyncio.run(
-        run_episode(
-            engine, world, chat(), scorer, task_ or task(), rollout_id="s/1/2", group="s/1", seed=seed, temperature=0.5
-        )
-    )
+def play(
+    engine: Script, world: Toy, task_: Task | None = None, scorer: Any = score, seed: int = 7, **more: Any
+) -> Rollout:
+    fixed: dict[str, Any] = {"rollout_id": "s/1/2", "group": "s/1", "seed": seed, "temperature": 0.5}
+    done = asyncio.run(run_episode(engine, world, chat(), scorer, task_ or task(), **fixed, **more))
     assert world.closed == world.opened, "whatever is opened is closed, once"
     return done
 
