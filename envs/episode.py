@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from envs.context import SUMMARISE, ContextConfig, Rewrite, due, rewritten
+from envs.noise import Noise, NoisySession, noisy_prompt
 from posttrain.chat import Chat, ParseError
 from posttrain.errors import EpisodeError, ToolError, boundary
 from posttrain.protocols import Engine, Session, World
@@ -111,9 +112,12 @@ async def run_episode(
     seed: int,
     temperature: float = 1.0,
     context: ContextConfig = _KEEP,
+    noise: Noise | None = None,
 ) -> Rollout:
     """Play ``task``. Never raises for what happens inside: a failure becomes the rollout's ``error`` and culprit."""
     started = time.monotonic()
+    if noise is not None:
+        task = noisy_prompt(task, noise)
     state = _State(messages=list(task.prompt))
 
     def rollout(stop: StopReason, error: Failure | None = None) -> Rollout:
@@ -134,6 +138,8 @@ async def run_episode(
     try:
         with boundary(Culprit.WORLD):
             session = await world.open(task)
+        if noise is not None:
+            session = NoisySession(session, task, noise)
         try:
             async with asyncio.timeout(task.limits.timeout_s):
                 stop = await _converse(_Asker(engine, chat, seed, temperature), session, task, state, context)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from envs.noise import NoiseConfig
 from experts.credit import GroupCreditConfig
 from posttrain.config import Config
 from posttrain.settings import ClippedLoss, LoopConfig, OptimizerSettings, TrainerConfig
@@ -138,6 +139,8 @@ class ExpertConfig(Config):
     """Name of a world to its share of the tasks."""
     train_tasks: Annotated[int, Field(gt=0)] = 2000
     """Different tasks a world; they come round again."""
+    noise: NoiseConfig | None = None
+    """What makes users vague and tools fail on a part of each group; null: nothing does."""
     reward: RewardConfig = RewardConfig()
     """Weights of the reward's parts."""
     credit: GroupCreditConfig = GroupCreditConfig()

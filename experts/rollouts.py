@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from envs.context import ContextConfig
 from envs.episode import run_episode
+from experts.noise import GroupNoise
 from posttrain.chat import Chat
 from posttrain.protocols import Engine, World
 from posttrain.types import Rollout, Score, Task
@@ -22,9 +23,11 @@ class Player:
         reward: RewardConfig,
         temperature: float = 1.0,
         context: ContextConfig | None = None,
+        noise: GroupNoise | None = None,
     ) -> None:
         self.worlds, self.chat, self.reward, self.temperature = worlds, chat, reward, temperature
         self.context = context or ContextConfig()
+        self.noise = noise
 
     def _score(self, rollout: Rollout, outcome: float) -> Score:
         return score(rollout, outcome, self.reward)
@@ -41,4 +44,5 @@ class Player:
             seed=seed,
             temperature=self.temperature,
             context=self.context,
+            noise=self.noise and self.noise(rollout_id, group),
         )

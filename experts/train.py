@@ -85,11 +85,15 @@ async def run_stage(stage: Stage, run: RunDir, metrics: Metrics, progress: Progr
     engine = await start_engine(stage.engine, stage.start)
     bar = progress.add_task(stage.name, total=stage.loop.steps, completed=trainer.version)
 
-    drafts = engine.stats()
+    drafts, noise = engine.stats(), stage.player.noise
+    if noise is not None and state is not None:
+        noise.load_state_dict(state["noise"])
 
     def on_step(version: int, stats: dict[str, float], batch: Sequence[Group]) -> None:
         nonlocal drafts
         earlier, drafts = drafts, engine.stats()
+        if noise is not None:
+            stats |= noise.update([r for g in batch for r in g.rollouts])
         metrics.log(version, stage.name, stats | _batch_stats(batch) | drafts.since(earlier))
         progress.update(bar, completed=version, description=f"{stage.name} {_reading(stats, batch)}")
 
@@ -106,7 +110,7 @@ async def run_stage(stage: Stage, run: RunDir, metrics: Metrics, progress: Progr
                 run_rollout=stage.player,
                 journal=_RolloutJournal(journal),
                 on_step=on_step,
-                checkpoint=lambda s: save_state(s, state_path),
+                checkpoint=lambda s: save_state(s if noise is None else {**s, "noise": noise.state_dict()}, state_path),
             )
             journalled = [rollout_from_dict(r) for r in read_journal(journal_path)]
             loop.resume(state or {"finished": [], "accepted": 0}, journalled)

@@ -27,6 +27,7 @@ from experts.config import ColdStartConfig, ExpertConfig
 from experts.credit import GroupCredit
 from experts.demonstrations import dataset, demonstrations, encode, texts
 from experts.evaluate import evaluate, held_out, record
+from experts.noise import GroupNoise
 from experts.rollouts import Player
 from experts.tasks import TaskStream
 from experts.train import Stage, run_stage, start_engine
@@ -167,9 +168,11 @@ class Pipeline:
         chat = Chat(tokenizer)
         return dataset(encode(clean, chat), encode(mixed, chat), c.cold_start, seed)
 
-    def _player(self, base: Path, reward: RewardConfig, temperature: float = 1.0) -> Player:
+    def _player(
+        self, base: Path, reward: RewardConfig, temperature: float = 1.0, noise: GroupNoise | None = None
+    ) -> Player:
         chat = Chat(AutoTokenizer.from_pretrained(base))
-        return Player(self.worlds, chat, reward, temperature, self.config.context)
+        return Player(self.worlds, chat, reward, temperature, self.config.context, noise)
 
     async def expert(self, name: str) -> Path:
         """The folder of the trained expert."""
@@ -189,7 +192,7 @@ class Pipeline:
             loss=c.loss,
             engine=self.config.engine,
             credit=GroupCredit(c.credit),
-            player=self._player(base, c.reward),
+            player=self._player(base, c.reward, noise=c.noise and GroupNoise(c.noise, c.loop.group_size, seed)),
             task=TaskStream(self.worlds, c.worlds, c.train_tasks, seed),
             seed=seed,
         )

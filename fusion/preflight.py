@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from envs.sandbox import DockerConfig, probe
-from envs.worlds import CodeConfig
+from envs.worlds import WorldConfig
 from fusion.config import PipelineConfig
 from posttrain.errors import ConfigError
 from posttrain.settings import PretrainedModel
 
 
+def preflight_worlds(path: Path, worlds: Mapping[str, WorldConfig]) -> None:
+    """Raises ConfigError for a sandbox that this machine cannot have; removes containers of killed runs."""
+    engines: set[str | None] = set()
+    for name, world in worlds.items():
+        sandbox = getattr(world, "sandbox", None)
+        if sandbox is None:
+            continue
+        try:
+            probe(sandbox)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: worlds.{name}.sandbox: {error}") from None
+        if isinstance(sandbox, DockerConfig):
+            engines |= set(sandbox.engines)
+    if engines:
+        from envs.sandbox.docker_engine import reap
+
+        for engine in engines:
+            reap(engine)
+
+
 def preflight(path: Path, config: PipelineConfig) -> None:
     """Raises ConfigError naming file, key and cure."""
-    for name, world in config.worlds.items():
-        if isinstance(world, CodeConfig):
-            try:
-                probe(world.sandbox)
-            except ConfigError as error:
-                raise ConfigError(f"{path}: worlds.{name}.sandbox: {error}") from None
-            if isinstance(world.sandbox, DockerConfig):
-                from envs.sandbox.docker_engine import reap
-
-                reap(world.sandbox.host)  # what an earlier run left behind when it was killed
+    preflight_worlds(path, config.worlds)
     if isinstance(config.model, PretrainedModel):
         if not (config.model.path / "config.json").is_file():
             raise ConfigError(

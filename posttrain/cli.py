@@ -22,6 +22,8 @@ app = typer.Typer(
 )  # fmt: skip
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a model is, before there is one.")
 app.add_typer(model_app, name="model")
+worlds_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Whether worlds judge rightly.")
+app.add_typer(worlds_app, name="worlds")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="a.b.c=VALUE on top of the file; repeatable.")]
@@ -89,6 +91,30 @@ def describe(
 
     set_verbosity_error()  # transformers compares YaRN's factor with the length that a model is served at
     Console().print(*tables(read_config(config)))
+
+
+@worlds_app.command(name="check")
+def check_worlds(config: ConfigPath, set_: Overrides = None) -> None:
+    """Play the reference and the empty solution in every world of a config: they must score 1 and 0."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from envs.worlds import make_world
+    from fusion.preflight import preflight_worlds
+
+    worlds = _load(config, set_, "worlds", None).worlds
+    preflight_worlds(config, worlds)
+    table = Table("world", "type", "reference", "empty")
+    wrong: list[str] = []
+    for name, spec in track(worlds.items(), "checking", transient=True):
+        found = asyncio.run(make_world(spec, name).check())
+        table.add_row(name, spec.type, f"{found['reference']:g}", f"{found['empty']:g}")
+        if found != {"reference": 1.0, "empty": 0.0}:
+            wrong.append(name)
+    Console().print(table)
+    if wrong:
+        raise UserError(f"{config}: worlds.{wrong[0]}: its reference must score 1 and its empty solution 0")
 
 
 def _load(path: Path, overrides: list[str] | None, what: str, expert_name: str | None) -> PipelineConfig:

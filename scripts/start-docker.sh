@@ -1,6 +1,6 @@
 #!/bin/sh
-# Bring up a Docker engine on a Debian machine without a service manager (a bare container or VM): install what is
-# missing, start dockerd in the background, wait for it, build the base image. Safe to run again.
+# Bring up the sandboxes on a Debian machine without a service manager (a bare container or VM): install what is missing,
+# bubblewrap included, start dockerd in the background, wait for it, build the base image. Safe to run again.
 set -eu
 
 LOG=${DOCKERD_LOG:-/var/log/dockerd.log}
@@ -13,6 +13,7 @@ fail() { echo "start-docker: $1" >&2; exit 1; }
 missing=
 command -v dockerd >/dev/null || missing="docker.io"
 command -v debootstrap >/dev/null || missing="$missing debootstrap"
+command -v bwrap >/dev/null || missing="$missing bubblewrap"
 if [ -n "$missing" ]; then
     command -v apt-get >/dev/null || fail "not a Debian system: install $missing yourself"
     echo "start-docker: installing $missing"

@@ -17,7 +17,7 @@ def inside(path: str) -> str:
     Lexical only: a sandbox with symbolic links checks again where it can see them. Raises PermissionError on escape.
     """
     absolute = posixpath.normpath(posixpath.join(WORK, path))
-    if "\0" in path or not absolute.startswith(f"{WORK}/"):
+    if "\0" in path or path.encode(errors="ignore").decode() != path or not absolute.startswith(f"{WORK}/"):
         raise PermissionError(f"{path!r} is not a file below {WORK}")
     return absolute
 

@@ -1,8 +1,9 @@
-"""The engine side of the Docker sandbox: connection, the hardened container's options, and the reaper."""
+"""The engine side of the Docker sandbox: connection, what a container is allowed, its keep-alive, and the reaper."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,38 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import LogConfig, Ulimit
 
 from envs.sandbox.common import WORK
+from envs.sandbox.config import DockerConfig
+from envs.sandbox.programs import TOOLS
 from posttrain.errors import ConfigError
 
 RUN, PID, OWNER = "posttrain.run", "posttrain.pid", "posttrain.owner"
 """Labels: the run, the owning process and where that process id means something."""
 
-_HTTP_TIMEOUT_S = 60
+HTTP_TIMEOUT_S = 60
+"""For an answer of an engine."""
+_MB = 1024 * 1024
 _CURE = (
     "install and start an engine (as root: scripts/start-docker.sh, which does `apt-get install docker.io` and starts"
     " dockerd), or set `sandbox.type: monty`"
 )
 
+# The container's first process. Its stdin is the owner's connection: when the owner ends, however it ends, cat ends and
+# with it the container. While the shell waits for cat it reaps every orphan.
+_KEEP_ALIVE = f"""
+unset program
+umask 022
+cp -L /bin/sh {TOOLS}/.sh && chmod 111 {TOOLS}/.sh && mv {TOOLS}/.sh {TOOLS}/sh || exit 1
+until cat >/dev/null; do :; done
+"""
 
-def connect(host: str | None) -> DockerClient:
+
+def connect(host: str | None, timeout_s: float = HTTP_TIMEOUT_S) -> DockerClient:
     """A client of the engine at ``host``, which answers. Raises ConfigError with the cure."""
     try:
         if host is None:
-            client = docker.from_env(timeout=_HTTP_TIMEOUT_S)
+            client = docker.from_env(timeout=int(timeout_s))
         else:
-            client = DockerClient(base_url=host, timeout=_HTTP_TIMEOUT_S)
+            client = DockerClient(base_url=host, timeout=int(timeout_s))
     except (DockerException, requests.RequestException) as error:
         raise ConfigError(
             f"sandbox.type docker: no engine at {host or 'the default socket'} ({error}); {_CURE}"
@@ -46,49 +60,95 @@ def connect(host: str | None) -> DockerClient:
     return client
 
 
-def require_image(client: DockerClient, image: str) -> None:
-    """Raise ConfigError unless the engine has ``image``. Nothing is pulled: a run must not depend on a registry."""
+def require(client: DockerClient, config: DockerConfig) -> None:
+    """Raise ConfigError unless the engine has the image and the runtime. Nothing is pulled: a run must not depend on
+    a registry."""
     try:
-        client.images.get(image)
+        client.images.get(config.image)
     except ImageNotFound as error:
         raise ConfigError(
-            f"sandbox.image: the engine has no image {image!r}; build the default one with scripts/docker-base.sh,"
-            f" or `docker pull {image}`"
+            f"sandbox.image: the engine has no image {config.image!r}; build the default one with"
+            f" scripts/docker-base.sh, or `docker pull {config.image}`"
         ) from error
+    if config.runtime is not None and config.runtime not in (known := client.info()["Runtimes"]):
+        raise ConfigError(
+            f"sandbox.runtime: the engine has no runtime {config.runtime!r}, only {', '.join(sorted(known))};"
+            " install it and name it in /etc/docker/daemon.json (gVisor: `runsc install`), then restart the engine"
+        )
 
 
-def container_options(*, memory_mb: int, cpus: float, pids: int, run: str, ttl_s: int) -> dict[str, Any]:
-    """What ``docker run`` is told, beyond the image. The default seccomp profile stays."""
-    mb = 1024 * 1024
-    quarter, eighth = memory_mb * mb // 4, memory_mb * mb // 8
-    # Docker would mount a tmpfs noexec; scripts of a task must run. Few inodes: they are kernel memory.
-    work = f"rw,exec,nosuid,nodev,size={quarter},nr_inodes=16k,uid=1000,gid=1000,mode=0700"
+def work_user(config: DockerConfig) -> str:
+    """Who runs the commands."""
+    return "1000:1000" if config.profile == "strict" else "0:0"
+
+
+def container_options(config: DockerConfig, *, run: str, capped_layer: bool) -> dict[str, Any]:
+    """What ``docker run`` is told, beyond the image. No profile has a network; all keep the default seccomp profile.
+
+    strict: a read-only root, files in memory, an unprivileged user without any capability. build: a writable root and
+    root's default capabilities but NET_RAW and MKNOD, to install and compile. compat: Docker's defaults, which also
+    let setuid programs work. The layer of the last two has ``disk_mb`` where the engine's storage can limit it
+    (``capped_layer``); elsewhere the engine measures it after each command, and a file has at most that size.
+    """
+    shm = config.memory_mb * _MB // 8
+    largest = config.memory_mb * _MB // 4 if config.profile == "strict" else config.disk_mb * _MB
     return {
-        "command": ["sleep", str(ttl_s)],
+        "command": ["/bin/sh", "-c", 'eval "$program"'],
+        "environment": {"program": _KEEP_ALIVE},
         "entrypoint": [],
+        "stdin_open": True,
         "auto_remove": True,
-        "init": True,
-        "user": "65534:65534",
         "working_dir": WORK,
         "hostname": "sandbox",
         "labels": {RUN: run, PID: str(os.getpid()), OWNER: _owner()},
         "network_mode": "none",
-        "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges:true"],
-        "read_only": True,
-        "tmpfs": {WORK: work, "/tmp": f"rw,exec,nosuid,nodev,size={eighth},nr_inodes=16k,mode=1777"},
-        "shm_size": eighth,
-        "mem_limit": memory_mb * mb,
-        "memswap_limit": memory_mb * mb,
-        "nano_cpus": int(cpus * 1e9),
-        "pids_limit": pids,
+        "runtime": config.runtime,
+        "shm_size": shm,
+        "mem_limit": config.memory_mb * _MB,
+        "memswap_limit": config.memory_mb * _MB,
+        "nano_cpus": int(config.cpus * 1e9),
+        "pids_limit": config.pids,
         "ulimits": [
-            Ulimit(name="fsize", soft=quarter, hard=quarter),
+            Ulimit(name="fsize", soft=largest, hard=largest),
             Ulimit(name="nofile", soft=1024, hard=1024),
             Ulimit(name="core", soft=0, hard=0),
         ],
         "log_config": LogConfig(type="none"),
+        **_privileges(config),
+        **({"storage_opt": {"size": f"{config.disk_mb}m"}} if capped_layer else {}),
     }
+
+
+def _privileges(config: DockerConfig) -> Mapping[str, Any]:
+    # Docker would mount a tmpfs noexec; scripts of a task must run. Few inodes: they are kernel memory.
+    common = "rw,exec,nosuid,nodev,nr_inodes=16k"
+    quarter, eighth = config.memory_mb * _MB // 4, config.memory_mb * _MB // 8
+    tools = {TOOLS: f"{common},size=16m,mode=0755"}
+    match config.profile:
+        case "strict":
+            return {
+                # Root keeps the container alive and can wipe out the work user, which can do nothing to root. It has no
+                # other capability; no command runs as root, and no-new-privileges keeps it so.
+                "user": "0:0",
+                "cap_drop": ["ALL"],
+                "cap_add": ["KILL"],
+                "security_opt": ["no-new-privileges:true"],
+                "read_only": True,
+                "tmpfs": {
+                    WORK: f"{common},size={quarter},uid=1000,gid=1000,mode=0700",
+                    "/tmp": f"{common},size={eighth},mode=1777",
+                    **tools,
+                },
+            }
+        case "build":
+            return {
+                "user": "0:0",
+                "cap_drop": ["NET_RAW", "MKNOD"],
+                "security_opt": ["no-new-privileges:true"],
+                "tmpfs": tools,
+            }
+        case "compat":
+            return {"user": "0:0", "tmpfs": tools}
 
 
 def _owner() -> str:
@@ -100,16 +160,26 @@ def _owner() -> str:
         return os.uname().nodename
 
 
+def _alive(pid: str) -> bool:
+    try:
+        # The name of the program, in brackets, may hold anything.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return False
+
+
 def reap(host: str | None = None) -> int:
     """Remove the containers whose owning process on this machine is gone; how many there were.
 
-    Containers of other machines that share the engine are left alone; these end when their time is up.
+    Started containers end with their owner's connection: what is found here had been made and not yet started.
     """
     client = connect(host)
     try:
         removed = 0
-        for container in client.containers.list(all=True, filters={"label": [PID, f"{OWNER}={_owner()}"]}):
-            if Path(f"/proc/{container.labels[PID]}").exists():
+        for container in client.containers.list(
+            all=True, filters={"label": [PID, f"{OWNER}={_owner()}"]}, ignore_removed=True
+        ):
+            if _alive(container.labels[PID]):
                 continue
             try:
                 container.remove(force=True, v=True)
@@ -122,4 +192,4 @@ def reap(host: str | None = None) -> int:
         client.close()
 
 
-__all__ = ["connect", "container_options", "reap", "require_image"]
+__all__ = ["HTTP_TIMEOUT_S", "OWNER", "PID", "RUN", "connect", "container_options", "reap", "require", "work_user"]

@@ -91,6 +91,9 @@ class MontySandbox:
     A program sees only its work folder, ``input()`` over stdin, and a clock. Concurrent calls share the files.
     """
 
+    profile = "monty"
+    """How it is isolated, to be recorded with results."""
+
     def __init__(self, pool: AsyncMonty, *, memory_mb: int, timeout_s: float) -> None:
         self._pool = pool
         self._memory = memory_mb * 1024 * 1024

@@ -12,17 +12,27 @@ from envs.worlds.desk import Desk, DeskConfig
 from envs.worlds.facts import Facts, FactsConfig
 from envs.worlds.requests import Requests, RequestsConfig
 from envs.worlds.rules import Rules, RulesConfig
+from envs.worlds.search import Search, SearchConfig
+from envs.worlds.terminal import Terminal, TerminalConfig
+from envs.worlds.work import Work, WorkConfig
 from posttrain.protocols import World
 
-WorldConfig = Annotated[
-    ChainsConfig | CodeConfig | DeskConfig | FactsConfig | RequestsConfig | RulesConfig, Field(discriminator="type")
-]
+AnyWorldConfig = (
+    ChainsConfig
+    | CodeConfig
+    | DeskConfig
+    | FactsConfig
+    | RequestsConfig
+    | RulesConfig
+    | SearchConfig
+    | TerminalConfig
+    | WorkConfig
+)
+WorldConfig = Annotated[AnyWorldConfig, Field(discriminator="type")]
 """What a config file may say of a world; ``type`` tells which."""
 
 
-def make_world(
-    config: ChainsConfig | CodeConfig | DeskConfig | FactsConfig | RequestsConfig | RulesConfig, name: str
-) -> World:
+def make_world(config: AnyWorldConfig, name: str) -> World:
     """The world that ``config`` describes, called ``name`` in task ids and reports."""
     match config:
         case ChainsConfig():
@@ -37,6 +47,12 @@ def make_world(
             return Requests(config, name)
         case RulesConfig():
             return Rules(config, name)
+        case SearchConfig():
+            return Search(config, name)
+        case TerminalConfig():
+            return Terminal(config, name)
+        case WorkConfig():
+            return Work(config, name)
 
 
 __all__ = [
@@ -46,6 +62,9 @@ __all__ = [
     "FactsConfig",
     "RequestsConfig",
     "RulesConfig",
+    "SearchConfig",
+    "TerminalConfig",
+    "WorkConfig",
     "WorldConfig",
     "make_world",
 ]

@@ -48,6 +48,8 @@ class Draft:
     key: str
     """What assigns the split; tasks with the same key share it, whatever else differs."""
     prompt: tuple[Message, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What the sandbox holds at the start."""
     data: Mapping[str, Any] = field(default_factory=dict)
     difficulty: float = 0.0
 
@@ -224,6 +226,7 @@ class ScriptedWorld(ABC):
             world=self.name,
             prompt=draft.prompt,
             thinking=self.thinking,
+            files=draft.files,
             limits=self.limits,
             difficulty=draft.difficulty,
             data=json.loads(json.dumps({**draft.data, "key": draft.key})),

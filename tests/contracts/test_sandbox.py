@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from envs.sandbox import DockerConfig, MontyConfig, SandboxConfig, open_sandbox, probe
+from envs.sandbox import BubblewrapConfig, DockerConfig, MontyConfig, SandboxConfig, open_sandbox, probe
+from envs.sandbox.monty import MontySandbox
+from envs.sandbox.shell import ShellSandbox
 from posttrain.errors import ConfigError, SandboxError
 from posttrain.protocols import Sandbox
 
@@ -21,7 +25,7 @@ from posttrain.protocols import Sandbox
 class Kind:
     """The same programs, in the language of each sandbox."""
 
-    config: MontyConfig | DockerConfig
+    config: MontyConfig | BubblewrapConfig | DockerConfig
     hello: str
     fail: str
     spin: str
@@ -54,12 +58,19 @@ DOCKER = Kind(
     greet='read -r name; echo "hi $name"',
     show="cat note.txt",
 )
+BUBBLEWRAP = replace(DOCKER, config=BubblewrapConfig(memory_mb=256))
 
 
-@pytest.fixture(params=[pytest.param(MONTY, id="monty"), pytest.param(DOCKER, id="docker", marks=pytest.mark.docker)])
+@pytest.fixture(
+    params=[
+        pytest.param(MONTY, id="monty"),
+        pytest.param(BUBBLEWRAP, id="bubblewrap"),
+        pytest.param(DOCKER, id="docker", marks=pytest.mark.docker),
+    ]
+)
 def kind(request: pytest.FixtureRequest) -> Kind:
     wanted: Kind = request.param
-    if isinstance(wanted.config, DockerConfig):
+    if wanted is not MONTY:
         try:
             probe(wanted.config)
         except ConfigError as error:
@@ -91,7 +102,7 @@ def test_runs_code(kind: Kind) -> None:
 def test_a_failure_keeps_its_output_and_has_a_code(kind: Kind) -> None:
     result = run(kind, lambda box: box.exec(kind.fail))
     assert result.stdout == "before\n"
-    assert result.exit_code == (3 if kind is DOCKER else 1)
+    assert result.exit_code == (1 if kind is MONTY else 3)
     assert not result.timed_out
 
 
@@ -110,7 +121,7 @@ def test_timeout_ends_the_call_within_a_bound(kind: Kind) -> None:
 
 
 def test_a_call_cannot_outlast_the_config(kind: Kind) -> None:
-    capped = Kind(**{**kind.__dict__, "config": kind.config.model_copy(update={"timeout_s": 0.5})})
+    capped = replace(kind, config=kind.config.model_copy(update={"timeout_s": 0.5}))
     result = run(capped, lambda box: box.exec(kind.spin, timeout_s=60))
     assert (result.exit_code, result.timed_out) == (124, True)
 
@@ -160,7 +171,7 @@ def test_a_missing_file_and_a_folder_are_not_found(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["../x", "a/../../etc/passwd", "/etc/passwd", "/work/../tmp/x", "", ".", "/workshop/x", "a\0b"]
+    "path", ["../x", "a/../../etc/passwd", "/etc/passwd", "/work/../tmp/x", "", ".", "/workshop/x", "a\0b", "\ud800"]
 )
 def test_paths_that_escape_are_refused(kind: Kind, path: str) -> None:
     async def body(box: Sandbox) -> list[str]:
@@ -185,7 +196,7 @@ def test_environment_of_this_process_is_not_visible(kind: Kind, monkeypatch: pyt
 def test_files_of_this_machine_are_not_visible(kind: Kind, tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("s3cret-value")
-    code = f"cat {secret}" if kind is DOCKER else f"print(open({str(secret)!r}).read())"
+    code = f"print(open({str(secret)!r}).read())" if kind is MONTY else f"cat {secret}"
     result = run(kind, lambda box: box.exec(code))
     assert "s3cret-value" not in result.stdout + result.stderr
     assert result.exit_code == 1
@@ -234,22 +245,18 @@ def test_eight_calls_in_one_sandbox(kind: Kind) -> None:
     assert run(kind, body) == ["hello\n"] * 8
 
 
-def test_it_is_a_sandbox(kind: Kind) -> None:
-    async def body(box: Sandbox) -> bool:
-        return isinstance(box, Sandbox)
+def test_it_is_a_sandbox_and_says_which(kind: Kind) -> None:
+    async def body(box: Sandbox) -> tuple[bool, str]:
+        assert isinstance(box, ShellSandbox | MontySandbox)
+        return isinstance(box, Sandbox), box.profile.split(",")[0]
 
-    assert run(kind, body)
+    assert run(kind, body) == (True, {MONTY: "monty", BUBBLEWRAP: "bubblewrap", DOCKER: "docker strict"}[kind])
 
 
 # What only the Python sandbox promises.
 
 
 def test_monty_dead_worker_raises_and_stays_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-    import signal
-
-    from envs.sandbox.monty import MontySandbox
-
     async def body(box: Sandbox) -> list[str]:
         assert isinstance(box, MontySandbox)
         pool = box._pool
@@ -338,10 +345,12 @@ def test_monty_median_call_is_fast() -> None:
 
 
 def test_config_is_a_closed_union() -> None:
-    adapter: TypeAdapter[MontyConfig | DockerConfig] = TypeAdapter(SandboxConfig)
+    adapter: TypeAdapter[MontyConfig | BubblewrapConfig | DockerConfig] = TypeAdapter(SandboxConfig)
     assert adapter.validate_python({"type": "monty", "memory_mb": 8}) == MontyConfig(memory_mb=8)
     assert adapter.validate_python({"type": "docker", "pids": 32}) == DockerConfig(pids=32)
-    for bad in ({"type": "qemu"}, {"type": "monty", "image": "x"}, {"type": "docker", "memory_mb": 1}):
+    assert adapter.validate_python({"type": "bubblewrap", "pids": 32}) == BubblewrapConfig(pids=32)
+    engines = {"type": "docker", "host": "unix:///a", "hosts": ["unix:///b"]}
+    for bad in ({"type": "qemu"}, {"type": "monty", "image": "x"}, {"type": "docker", "memory_mb": 1}, engines):
         with pytest.raises(ValidationError):
             adapter.validate_python(bad)
 
