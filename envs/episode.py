@@ -120,6 +120,8 @@ async def run_episode(
         task = noisy_prompt(task, noise)
     state = _State(messages=list(task.prompt))
 
+    session: Session | None = None
+
     def rollout(stop: StopReason, error: Failure | None = None) -> Rollout:
         return Rollout(
             id=rollout_id,
@@ -131,10 +133,10 @@ async def run_episode(
             error=error,
             parse_errors=tuple(state.parse_errors),
             tool_errors=state.tool_errors,
+            sandbox=getattr(session, "profile", ""),
             wall_s=time.monotonic() - started,
         )
 
-    session: Session | None = None
     try:
         with boundary(Culprit.WORLD):
             session = await world.open(task)

@@ -166,6 +166,11 @@ class NoisySession:
         """Those of the session."""
         return self._session.tools
 
+    @property
+    def profile(self) -> str:
+        """That of the session, if it runs code."""
+        return getattr(self._session, "profile", "")
+
     async def call(self, call: ToolCall) -> str:
         """The session's answer, some noise on it. Raises what the session raises."""
         key = json.dumps([call.name, dict(call.arguments)], sort_keys=True, default=repr)

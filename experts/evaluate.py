@@ -63,6 +63,7 @@ def record(rollout: Rollout) -> dict[str, Any]:
         "outcome": None if rollout.score is None or not rollout.score.valid else rollout.score.outcome,
         "tokens": rollout.sampled_tokens,
         "stop": str(rollout.stop),
+        "sandbox": rollout.sandbox,
         "parse_errors": len(rollout.parse_errors),
         "text": transcript(rollout.messages),
     }

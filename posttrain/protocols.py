@@ -51,6 +51,11 @@ class Teacher(Protocol):
 class Sandbox(Protocol):
     """Where model output runs. Every method raises SandboxError if the sandbox itself is broken."""
 
+    @property
+    def profile(self) -> str:
+        """How it is isolated, to be recorded with results."""
+        ...
+
     async def exec(self, command: str, *, timeout_s: float = 10.0, stdin: str = "") -> ExecResult:
         """Run ``command`` (Python source for a Python sandbox, shell for a container)."""
         ...
@@ -70,7 +75,8 @@ class Sandbox(Protocol):
 
 @runtime_checkable
 class Session(Protocol):
-    """One opened task: the state that the tools change."""
+    """One opened task: the state that the tools change. One that runs code may have an attribute ``profile``, a string
+    that says how that is isolated."""
 
     @property
     def tools(self) -> tuple[Tool, ...]:

@@ -251,6 +251,8 @@ class Rollout:
     """Names of the errors made by malformed tool calls, one an assistant turn at most."""
     tool_errors: int = 0
     """Calls that a tool answered with an error."""
+    sandbox: str = ""
+    """How the code it ran was isolated, in the sandbox's own words; empty if none ran."""
     wall_s: float = 0.0
     """Seconds from the first request to the score."""
 

@@ -69,6 +69,7 @@ class CodeSession:
         self._repository = Repository.from_data(task.data)
         self._paths = list(task.files)
         self._sandbox: Sandbox | None = sandbox
+        self.profile = sandbox.profile
         self._config = config
 
     async def call(self, call: ToolCall) -> str:

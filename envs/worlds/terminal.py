@@ -58,6 +58,7 @@ class TerminalSession:
         self._task = task
         self._box: TaskBox | None = box
         self._shell = box.sandbox.session()
+        self.profile = box.sandbox.profile
         self._config = config
 
     async def call(self, call: ToolCall) -> str:

@@ -291,6 +291,8 @@ def test_the_tests_are_not_fooled_in_a_shell_either(config: SandboxConfig, cheat
 class Broken:
     """A sandbox that is gone."""
 
+    profile = "none"
+
     async def exec(self, command: str, *, timeout_s: float = 10.0, stdin: str = "") -> Any:
         raise SandboxError("gone")
 

@@ -91,7 +91,7 @@ def test_outcomes_are_counted_not_shaped_values_and_invalid_is_never_zero(score:
 def test_a_record_by_hand() -> None:
     assert record(rollout("s/0/0", values=(5, 6, 7), versions=(0, 0, 0), score=1.0)) == {
         "task": "t", "domain": "agent", "world": "toy", "difficulty": 0.0, "outcome": 1.0, "tokens": 3,
-        "stop": "scored", "parse_errors": 0, "text": "",
+        "stop": "scored", "sandbox": "", "parse_errors": 0, "text": "",
     }  # fmt: skip
 
 
