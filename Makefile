@@ -1,6 +1,6 @@
 # make demo   the whole pipeline on this machine, some minutes, no GPU: the table, and a report to open
 # make test   lint, types and tests
-# make smoke  the pipeline shortened to two minutes
+# make smoke  the pipeline shortened to some minutes; make smoke-docker: with the code world in containers
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test smoke
+.PHONY: demo test smoke smoke-docker
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -16,6 +16,9 @@ demo: $(VENV)/installed
 
 smoke: $(VENV)/installed
 	$(BIN)/posttrain run configs/tiny/smoke.yaml --out runs/smoke
+
+smoke-docker: $(VENV)/installed
+	$(BIN)/posttrain run configs/tiny/docker.yaml --out runs/smoke-docker
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check
