@@ -109,4 +109,4 @@ def _results_are_whole(out: Path) -> None:
     for name in ("base", "expert-agent", "fusion"):
         folder = out / "checkpoints" / name
         model = AutoModelForCausalLM.from_pretrained(folder)
-        assert model.config.vocab_size == 400 and len(AutoTokenizer.from_pretrained(folder)) <= 400
+        assert model.config.vocab_size == 680 and len(AutoTokenizer.from_pretrained(folder)) <= 680
