@@ -1,6 +1,6 @@
 #!/bin/sh
 # Build the image `posttrain-base` from the Debian mirror this machine is configured with, for machines that cannot
-# pull images. Nothing is done when the image exists; `--force` builds it again.
+# pull images. Nothing is done when the image exists and is of this kind; `--force` builds it again.
 set -eu
 
 IMAGE=posttrain-base
@@ -13,7 +13,8 @@ command -v docker >/dev/null || fail "docker is missing; run scripts/start-docke
 command -v debootstrap >/dev/null || fail "debootstrap is missing; run: apt-get install debootstrap"
 docker info >/dev/null 2>&1 || fail "the Docker daemon does not answer; run scripts/start-docker.sh"
 
-if [ "${1:-}" != --force ] && docker image inspect "$IMAGE" >/dev/null 2>&1; then
+have=$(docker image inspect --format '{{index .Config.Labels "posttrain.gate"}}' "$IMAGE" 2>/dev/null || true)
+if [ "${1:-}" != --force ] && [ "$have" = 1 ]; then
     echo "docker-base: image $IMAGE exists"
     exit 0
 fi
@@ -27,8 +28,9 @@ trap 'rm -rf "$root"' EXIT
 trap 'exit 130' INT TERM
 
 echo "docker-base: installing Debian $SUITE with python3 into $root (about a minute)"
-# Extra packages that a shell task expects: python3 for the code, procps and coreutils are small.
-debootstrap --variant=minbase --include=python3-minimal,python3,procps "$SUITE" "$root" ${mirror:+"$mirror"} \
+# Extra packages that a shell task expects: python3 for the code, procps and coreutils are small. The last two are the
+# way out of a sandbox that may have one (envs/sandbox/docker_gate.py).
+debootstrap --variant=minbase --include=python3-minimal,python3,procps,tinyproxy-bin,socat "$SUITE" "$root" ${mirror:+"$mirror"} \
     >"$root.log" 2>&1 || { tail -n 20 "$root.log" >&2; fail "debootstrap failed; its whole log is $root.log"; }
 rm -f "$root.log"
 
@@ -42,5 +44,6 @@ mkdir -p "$root/work"
 
 echo "docker-base: importing as $IMAGE"
 tar -C "$root" --numeric-owner -c . |
-    docker import --change 'WORKDIR /work' --change 'ENV LANG=C.UTF-8' --change 'CMD ["/bin/sh"]' - "$IMAGE" >/dev/null
+    docker import --change 'WORKDIR /work' --change 'ENV LANG=C.UTF-8' --change 'CMD ["/bin/sh"]' \
+        --change 'LABEL posttrain.gate=1' - "$IMAGE" >/dev/null
 docker image inspect --format 'docker-base: image {{index .RepoTags 0}}, {{.Size}} bytes' "$IMAGE"

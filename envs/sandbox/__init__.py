@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from envs.sandbox.config import BubblewrapConfig, DockerConfig, MontyConfig, SandboxConfig
+from envs.sandbox.config import BubblewrapConfig, DockerConfig, MontyConfig, NetworkConfig, SandboxConfig
 from posttrain.protocols import Sandbox
 
 
@@ -44,4 +44,4 @@ def probe(config: MontyConfig | BubblewrapConfig | DockerConfig) -> None:
             probe_docker(config)
 
 
-__all__ = ["BubblewrapConfig", "DockerConfig", "MontyConfig", "SandboxConfig", "open_sandbox", "probe"]
+__all__ = ["BubblewrapConfig", "DockerConfig", "MontyConfig", "NetworkConfig", "SandboxConfig", "open_sandbox", "probe"]

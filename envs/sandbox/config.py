@@ -6,6 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+BASE_IMAGE = "posttrain-base"
+"""Built by scripts/docker-base.sh: a small Debian with python3, and with the proxy of ``docker_gate``."""
+
+_HOST = r"^(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(:[0-9]{1,5})?$"
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,11 +38,20 @@ class BubblewrapConfig(_Config):
     """Longest call, in seconds; a call may ask for less."""
 
 
+class NetworkConfig(_Config):
+    """Hosts that a sandbox may reach, by HTTP and HTTPS, through a proxy that refuses all others."""
+
+    allow: tuple[Annotated[str, Field(pattern=r"^(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(:[0-9]{1,5})?$")], ...] = (
+        Field(min_length=1)
+    )
+    """``pypi.org`` (ports 80 and 443), ``*.pypi.org`` (every name below it), ``10.0.0.7:8080`` (that port alone)."""
+
+
 class DockerConfig(_Config):
     """A container for each sandbox: a whole Linux, for shell commands."""
 
     type: Literal["docker"] = "docker"
-    image: str = "posttrain-base"
+    image: str = BASE_IMAGE
     """Must exist on the engine; scripts/docker-base.sh builds the default one. Needs sh and GNU coreutils."""
     profile: Literal["strict", "build", "compat"] = "strict"
     """What the container may do: ``docker_engine.container_options`` lists it."""
@@ -45,6 +59,8 @@ class DockerConfig(_Config):
     """Runtime of the engine, for example runsc (gVisor); None takes the engine's default."""
     memory_mb: int = Field(default=512, ge=64)
     """Memory of the container in MiB, its files included (work folder a quarter, /tmp and /dev/shm an eighth each)."""
+    network: NetworkConfig | None = None
+    """What the container may reach; null: nothing. Programs in it must heed ``https_proxy``."""
     disk_mb: int = Field(default=2048, ge=64)
     """Size in MiB of the writable layer of the profiles build and compat."""
     cpus: float = Field(default=1.0, gt=0)
@@ -76,4 +92,4 @@ class DockerConfig(_Config):
 
 SandboxConfig = Annotated[MontyConfig | BubblewrapConfig | DockerConfig, Field(discriminator="type")]
 
-__all__ = ["BubblewrapConfig", "DockerConfig", "MontyConfig", "SandboxConfig"]
+__all__ = ["BubblewrapConfig", "DockerConfig", "MontyConfig", "NetworkConfig", "SandboxConfig"]

@@ -1,4 +1,4 @@
-"""A place for shell commands that is a container of its own: limited, without network, gone with its owner.
+"""A place for shell commands that is a container of its own: limited, without a network, gone with its owner.
 
 The container's first process belongs to ``nobody`` (profile strict), so that the work user can be wiped out after each
 call without ending the container. It lives as long as the owner's connection: nothing is left of a killed owner.
@@ -21,6 +21,7 @@ from envs.sandbox.channel import Channel, DockerFrames
 from envs.sandbox.common import WORK
 from envs.sandbox.config import DockerConfig
 from envs.sandbox.docker_engine import connect, container_options, require, work_user
+from envs.sandbox.docker_gate import PROXY, Lodge, open_lodge
 from envs.sandbox.docker_hosts import least_loaded
 from envs.sandbox.docker_reaper import watch
 from envs.sandbox.programs import RUNNER, START, Program
@@ -47,11 +48,20 @@ _ENGINE_ERRORS = (DockerException, requests.RequestException, urllib3.exceptions
 class DockerPlace:
     """One container; see ``shell.Place``."""
 
-    def __init__(self, client: DockerClient, container: Container, alive: Any, config: DockerConfig, capped: bool):
+    def __init__(
+        self,
+        client: DockerClient,
+        container: Container,
+        alive: Any,
+        lodge: Lodge | None,
+        config: DockerConfig,
+        capped: bool,
+    ):
         self.profile = _describe(client, config, capped)
         self._client = client
         self._container = container
         self._alive = alive
+        self._lodge = lodge
         self._user = work_user(config)
         self._layer_cap = 0 if config.profile == "strict" or capped else config.disk_mb * 1024 * 1024
         self._removed = threading.Lock()
@@ -68,6 +78,8 @@ class DockerPlace:
     def spawn(self, program: Program) -> Channel:
         """Start ``program`` in the container; blocks for a docker exec."""
         environment = {"HOME": WORK, "LANG": "C.UTF-8", "program": program.text}
+        if self._lodge is not None:
+            environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), PROXY)
         with _engine("the container runs nothing"):
             created = self._client.api.exec_create(
                 self.id, list(START), stdin=True, user=self._user, workdir=WORK, environment=environment
@@ -96,7 +108,10 @@ class DockerPlace:
             self._client.api.exec_start(created["Id"])
 
     def audit(self) -> None:
-        """Where the storage cannot limit the layer: measure it."""
+        """The way out must stand; and where the storage cannot limit the layer, it is measured."""
+        if self._lodge is not None:
+            with _engine("the sandbox's way out cannot be inspected"):
+                self._lodge.check()
         if not self._layer_cap:
             return
         with _engine("the container's layer cannot be measured"):
@@ -115,7 +130,11 @@ class DockerPlace:
         """Kill and remove the container; one that is gone or going is fine."""
         if not self._removed.acquire(blocking=False):
             return
-        _remove(self._client, self._container, self._alive)
+        try:
+            _remove(self._client, self._container, self._alive)
+        finally:
+            if self._lodge is not None:
+                self._lodge.end()
 
 
 @contextlib.contextmanager
@@ -149,7 +168,7 @@ def make(config: DockerConfig, run: str) -> ShellSandbox:
         watch(host)
         with _engine("no container"):
             require(client, config)
-            place = _place(client, config, run)
+            place = _place(client, host, config, run)
         try:
             return ShellSandbox(place, start(place, RUNNER), timeout_s=config.timeout_s)
         except BaseException:
@@ -157,33 +176,40 @@ def make(config: DockerConfig, run: str) -> ShellSandbox:
             raise
 
 
-def _place(client: DockerClient, config: DockerConfig, run: str) -> DockerPlace:
-    container, capped = _create(client, config, run)
-    alive = None
+def _place(client: DockerClient, host: str | None, config: DockerConfig, run: str) -> DockerPlace:
+    lodge = None if config.network is None else open_lodge(client, host, config.network, run)
+    alive = container = None
     try:
+        container, capped = _create(client, config, run, "none" if lodge is None else lodge.network)
         # Before the start, so that no container runs without its owner's connection.
         alive = client.api.attach_socket(str(container.id), params={"stdin": 1, "stream": 1})
         container.start()
-        return DockerPlace(client, container, alive, config, capped)
+        return DockerPlace(client, container, alive, lodge, config, capped)
     except BaseException:
-        _remove(client, container, alive)
+        if lodge is not None:
+            lodge.end()
+        if container is not None:
+            _remove(client, container, alive)
         raise
 
 
-def _create(client: DockerClient, config: DockerConfig, run: str) -> tuple[Container, bool]:
+def _create(client: DockerClient, config: DockerConfig, run: str, network: str) -> tuple[Container, bool]:
     """The container, and whether its layer has a size."""
     if config.profile != "strict":
         try:
-            options = container_options(config, run=run, capped_layer=True)
+            options = container_options(config, run=run, capped_layer=True, network=network)
             return client.containers.create(config.image, **options), True
         except APIError as error:
             if "storage-opt" not in str(error):
                 raise
-    return client.containers.create(config.image, **container_options(config, run=run, capped_layer=False)), False
+    options = container_options(config, run=run, capped_layer=False, network=network)
+    return client.containers.create(config.image, **options), False
 
 
 def _describe(client: DockerClient, config: DockerConfig, capped: bool) -> str:
     words = [f"docker {config.profile}", f"runtime {config.runtime or 'default'}"]
+    if config.network is not None:
+        words.append(f"network of {' '.join(config.network.allow)}")
     if config.profile != "strict":
         remapped = any("userns" in option for option in client.info().get("SecurityOptions") or ())
         words.append("root in a user namespace" if remapped else "root without a user namespace")

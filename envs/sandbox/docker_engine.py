@@ -14,12 +14,15 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import LogConfig, Ulimit
 
 from envs.sandbox.common import WORK
-from envs.sandbox.config import DockerConfig
+from envs.sandbox.config import BASE_IMAGE, DockerConfig
 from envs.sandbox.programs import TOOLS
 from posttrain.errors import ConfigError
 
 RUN, PID, OWNER = "posttrain.run", "posttrain.pid", "posttrain.owner"
 """Labels: the run, the owning process and where that process id means something."""
+
+GATE = "posttrain.gate"
+"""Label of an image that has the proxy's programs."""
 
 HTTP_TIMEOUT_S = 60
 """For an answer of an engine."""
@@ -70,6 +73,11 @@ def require(client: DockerClient, config: DockerConfig) -> None:
             f"sandbox.image: the engine has no image {config.image!r}; build the default one with"
             f" scripts/docker-base.sh, or `docker pull {config.image}`"
         ) from error
+    if config.network is not None and GATE not in _labels_of(client):
+        raise ConfigError(
+            f"sandbox.network: the engine's image {BASE_IMAGE} has no proxy; build it anew with"
+            " `scripts/docker-base.sh --force`"
+        )
     if config.runtime is not None and config.runtime not in (known := client.info()["Runtimes"]):
         raise ConfigError(
             f"sandbox.runtime: the engine has no runtime {config.runtime!r}, only {', '.join(sorted(known))};"
@@ -77,13 +85,26 @@ def require(client: DockerClient, config: DockerConfig) -> None:
         )
 
 
+def _labels_of(client: DockerClient) -> Mapping[str, str]:
+    try:
+        return client.images.get(BASE_IMAGE).labels
+    except ImageNotFound:
+        return {}
+
+
+def labels(run: str) -> dict[str, str]:
+    """What every container of ours carries."""
+    return {RUN: run, PID: str(os.getpid()), OWNER: _owner()}
+
+
 def work_user(config: DockerConfig) -> str:
     """Who runs the commands."""
     return "1000:1000" if config.profile == "strict" else "0:0"
 
 
-def container_options(config: DockerConfig, *, run: str, capped_layer: bool) -> dict[str, Any]:
-    """What ``docker run`` is told, beyond the image. No profile has a network; all keep the default seccomp profile.
+def container_options(config: DockerConfig, *, run: str, capped_layer: bool, network: str) -> dict[str, Any]:
+    """What ``docker run`` is told, beyond the image. All keep the default seccomp profile; ``network`` is none, or the
+    loopback of a ``docker_gate.Lodge``.
 
     strict: a read-only root, files in memory, an unprivileged user without any capability. build: a writable root and
     root's default capabilities but NET_RAW and MKNOD, to install and compile. compat: Docker's defaults, which also
@@ -99,9 +120,10 @@ def container_options(config: DockerConfig, *, run: str, capped_layer: bool) -> 
         "stdin_open": True,
         "auto_remove": True,
         "working_dir": WORK,
-        "hostname": "sandbox",
-        "labels": {RUN: run, PID: str(os.getpid()), OWNER: _owner()},
-        "network_mode": "none",
+        "labels": labels(run),
+        "network_mode": network,
+        # A container that shares another's network has its name too.
+        **({"hostname": "sandbox"} if network == "none" else {}),
         "runtime": config.runtime,
         "shm_size": shm,
         "mem_limit": config.memory_mb * _MB,
@@ -192,4 +214,16 @@ def reap(host: str | None = None) -> int:
         client.close()
 
 
-__all__ = ["HTTP_TIMEOUT_S", "OWNER", "PID", "RUN", "connect", "container_options", "reap", "require", "work_user"]
+__all__ = [
+    "BASE_IMAGE",
+    "HTTP_TIMEOUT_S",
+    "OWNER",
+    "PID",
+    "RUN",
+    "connect",
+    "container_options",
+    "labels",
+    "reap",
+    "require",
+    "work_user",
+]

@@ -60,7 +60,8 @@ async def open_box(task: TerminalTask, defaults: DockerConfig) -> TaskBox:
     if image is None:
         image = await in_thread(lambda: build_image(task.folder / "environment", defaults.engines[0]))
     limits = {"memory_mb": environment.memory_mb, "cpus": environment.cpus, "disk_mb": environment.storage_mb}
-    config = defaults.model_copy(update={"image": image, **{k: v for k, v in limits.items() if v is not None}})
+    given = {"image": image, "network": task.network(defaults.network)}
+    config = defaults.model_copy(update={**given, **{k: v for k, v in limits.items() if v is not None}})
     workdir = environment.workdir or await in_thread(lambda: _workdir(image, defaults.engines[0]))
     sandbox = await open_sandbox(config)
     try:

@@ -3,17 +3,19 @@
     <task>/task.toml  instruction.md  environment/Dockerfile  tests/test.sh  solution/solve.sh (optional)
 
 What is not there here is refused by name, not guessed: several steps, compose files, GPUs, a verifier of another user.
-The network is always off, whatever the task says: a task that needs it fails its own reference in ``worlds check``.
+A task reaches the hosts of its own allow-list (``network_mode = "allowlist"``); where it asks for the whole network it
+has what ``sandbox.network`` allows, by default nothing.
 """
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from envs.sandbox.config import NetworkConfig
 from posttrain.errors import ConfigError
 
 
@@ -52,6 +54,8 @@ class EnvironmentTable(_Table):
     env: dict[str, str] = Field(default_factory=dict[str, str])
     mcp_servers: list[Any] = Field(default_factory=list[Any])
     healthcheck: dict[str, Any] | None = None
+    network_mode: Literal["public", "no-network", "allowlist"] = "public"
+    allowed_hosts: list[str] = Field(default_factory=list[str])
 
 
 class TaskTable(_Table):
@@ -85,6 +89,17 @@ class TerminalTask(BaseModel):
         """Of the file, or of the folder."""
         return self.file.task.name or self.folder.name
 
+    def network(self, default: NetworkConfig | None) -> NetworkConfig | None:
+        """What the task may reach; ``default`` where it asks for everything. Raises ValidationError for a host that is
+        none."""
+        match self.file.environment.network_mode:
+            case "allowlist":
+                return NetworkConfig(allow=tuple(self.file.environment.allowed_hosts))
+            case "no-network":
+                return None
+            case "public":
+                return default
+
     @property
     def solution(self) -> str | None:
         """The reference, a shell script, if the task has one."""
@@ -106,7 +121,15 @@ def read_task(folder: Path) -> TerminalTask:
         first = error.errors()[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     _refuse(folder, path, file)
-    return TerminalTask(folder=folder, file=file, instruction=instruction.strip())
+    task = TerminalTask(folder=folder, file=file, instruction=instruction.strip())
+    try:
+        task.network(None)
+    except ValidationError:
+        hosts = ", ".join(file.environment.allowed_hosts) or "none"
+        raise ConfigError(
+            f"{path}: environment.allowed_hosts: {hosts}: give names, *.names or addresses; ranges cannot be had here"
+        ) from None
+    return task
 
 
 def _refuse(folder: Path, path: Path, file: TaskFile) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from envs.sandbox import probe
+from envs.sandbox import NetworkConfig, probe
 from envs.terminal.task import read_task, read_tasks
 from envs.terminal.verifier import _reward, tampered
 from envs.worlds.base import use
@@ -52,6 +52,12 @@ REFUSED = {
     "collect": ('[[verifier.collect]]\ncommand = "true"\n', "verifier.collect"),
     "type": ("[agent]\ntimeout_sec = -1\n", "agent.timeout_sec: Input should be greater than 0"),
     "toml": ("[agent\n", "task.toml: "),
+    "range": (
+        '[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["10.0.0.0/8"]\n',
+        "environment.allowed_hosts",
+    ),
+    "nobody": ('[environment]\nnetwork_mode = "allowlist"\n', "environment.allowed_hosts: none: give names"),
+    "mode": ('[environment]\nnetwork_mode = "some"\n', "environment.network_mode: Input should be"),
 }
 
 
@@ -63,6 +69,17 @@ def test_what_cannot_be_played_is_refused_by_name(case: str, tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         read_task(folder)
     assert said in str(caught.value) and str(folder / "task.toml") in str(caught.value)
+
+
+def test_the_network_of_a_task_is_its_own_list_or_none_or_the_configs(tmp_path: Path) -> None:
+    folder, offered = copy(tmp_path), NetworkConfig(allow=("pypi.org",))
+    found = {}
+    for mode in ("allowlist", "no-network", "public"):
+        hosts = 'allowed_hosts = ["*.debian.org", "10.0.0.7"]\n'
+        (folder / "task.toml").write_text(f'[environment]\nnetwork_mode = "{mode}"\n{hosts}')
+        found[mode] = read_task(folder).network(offered)
+    own = NetworkConfig(allow=("*.debian.org", "10.0.0.7"))
+    assert found == {"allowlist": own, "no-network": None, "public": offered}
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:
