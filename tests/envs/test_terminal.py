@@ -52,10 +52,7 @@ REFUSED = {
     "collect": ('[[verifier.collect]]\ncommand = "true"\n', "verifier.collect"),
     "type": ("[agent]\ntimeout_sec = -1\n", "agent.timeout_sec: Input should be greater than 0"),
     "toml": ("[agent\n", "task.toml: "),
-    "range": ('[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["10.0.0.0/8"]\n', "allowed_hosts: 10.0.0.0/8"),
-        '[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["10.0.0.0/8"]\n',
-        "environment.allowed_hosts",
-    ),
+    "range": ('[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["10.0.0.0/8"]\n', "allowed_hosts: 10.0."),
     "nobody": ('[environment]\nnetwork_mode = "allowlist"\n', "environment.allowed_hosts: none: give names"),
     "mode": ('[environment]\nnetwork_mode = "some"\n', "environment.network_mode: Input should be"),
 }
