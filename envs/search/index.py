@@ -25,6 +25,10 @@ def words(text: str) -> list[str]:
     return re.findall("[a-z]+|[0-9]+", text.lower())
 
 
+def _sought(query: str) -> list[str]:
+    return words(query)[:_MOST_WORDS]
+
+
 class Library:
     """A corpus with its index."""
 
@@ -44,7 +48,7 @@ class Library:
 
     def find(self, query: str, n: int) -> list[str]:
         """At most ``n`` titles of pages that hold a word of ``query``, the best first; equals in a fixed order."""
-        known = [w for w in words(query)[:_MOST_WORDS] if w in self._known]
+        known = [w for w in _sought(query) if w in self._known]
         if not known:
             return []
         # Rounded, for the last bits depend on the machine.
@@ -61,7 +65,7 @@ class Library:
         return "\n".join(f"{t}: {self._snippet(t, query, snippet)}" if snippet else t for t in titles)
 
     def _snippet(self, title: str, query: str, most: int) -> str:
-        asked = set(words(query)) - set(words(title))
+        asked = set(_sought(query)) - set(words(title))
         _, *sentences = parts(self._pages[title], 1)  # the first one says what the title does
         best = max(sentences, key=lambda s: len(asked & set(words(s)))).split()
         return " ".join(best[:most]) + (" ..." if len(best) > most else "")
