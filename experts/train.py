@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 
 from experts.rollouts import Player
-from posttrain.engine.local import LocalEngine
+from posttrain.engine.start import start_engine
 from posttrain.journal import Journal, read_journal, rollout_from_dict, rollout_to_dict
 from posttrain.loop import Group, Loop
 from posttrain.metrics import Metrics
@@ -24,21 +24,6 @@ from posttrain.trainer import Trainer, save_state
 from posttrain.types import Rollout, Task
 
 log = logging.getLogger(__name__)
-
-
-async def start_engine(config: LocalEngineConfig, folder: Path) -> LocalEngine:
-    """The engine that the config names, serving the model in ``folder``."""
-    match config:
-        case LocalEngineConfig():
-            return await LocalEngine.start(
-                folder,
-                slots=config.slots,
-                max_context=config.max_context,
-                threads=config.threads,
-                timeout_s=config.timeout_s,
-                draft_steps=config.draft_steps,
-                record_choices=config.record_choices,
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from experts.evaluate import evaluate, held_out, record
 from experts.noise import GroupNoise
 from experts.rollouts import Player
 from experts.tasks import TaskStream
-from experts.train import Stage, run_stage, start_engine
+from experts.train import Stage, run_stage
 from fusion.config import PipelineConfig, domains_of
 from fusion.credit import TeacherCredit
 from fusion.report import write_report
@@ -39,6 +39,7 @@ from fusion.teachers import ModelTeacher
 from posttrain.chat import Chat, train_tokenizer
 from posttrain.config import digest
 from posttrain.engine.local import LocalEngine
+from posttrain.engine.start import start_engine
 from posttrain.files import remove, write_json
 from posttrain.journal import Journal, read_journal
 from posttrain.loop import derive_seed

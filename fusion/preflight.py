@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from envs.sandbox import DockerConfig, probe
-from envs.worlds import WorldConfig
+from envs.work.users import ModelUserConfig
+from envs.worlds import WorkConfig, WorldConfig
 from fusion.config import PipelineConfig
 from posttrain.errors import ConfigError
 from posttrain.settings import PretrainedModel
@@ -16,6 +17,8 @@ def preflight_worlds(path: Path, worlds: Mapping[str, WorldConfig]) -> None:
     """Raises ConfigError for a sandbox that this machine cannot have; removes containers of killed runs."""
     engines: set[str | None] = set()
     for name, world in worlds.items():
+        if isinstance(world, WorkConfig) and isinstance(world.user, ModelUserConfig):
+            _model_user(f"{path}: worlds.{name}.user.path", world.user.path)
         sandbox = getattr(world, "sandbox", None)
         if sandbox is None:
             continue
@@ -30,6 +33,19 @@ def preflight_worlds(path: Path, worlds: Mapping[str, WorldConfig]) -> None:
 
         for engine in engines:
             reap(engine)
+
+
+def _model_user(key: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{key}: {folder} holds no config.json; give the folder of a Hugging Face model")
+    from transformers import AutoTokenizer
+
+    try:
+        template = AutoTokenizer.from_pretrained(folder).chat_template
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {folder} has no tokenizer ({error}); save one beside the model") from None
+    if not template:
+        raise ConfigError(f"{key}: the tokenizer in {folder} has no chat template; give a model that was made to chat")
 
 
 def preflight(path: Path, config: PipelineConfig) -> None:

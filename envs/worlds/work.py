@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from random import Random
@@ -14,7 +15,8 @@ from envs.work.corruptions import other_value
 from envs.work.database import Database, State
 from envs.work.domain import DOMAINS, load_domain
 from envs.work.generate import Environment, Size, environment
-from envs.work.users import ScriptedUser, ScriptedUserConfig, compose
+from envs.work.model_user import ModelUser
+from envs.work.users import ModelUserConfig, ScriptedUser, ScriptedUserConfig, UserConfig, compose, vocabulary
 from envs.worlds.base import GOOD, Draft, Script, ScriptedWorld, WorldOptions, arguments, say, user
 from posttrain.types import Limits, Message, Task, Tool, ToolCall
 
@@ -35,7 +37,8 @@ class WorkConfig(WorldOptions):
     """Rows a table. Fewer rows speak fewer words."""
     further: float = Field(default=0.3, ge=0.0, lt=1.0)
     """How likely a chain of tools that the request does not need joins the others, and after it another one."""
-    user: ScriptedUserConfig = ScriptedUserConfig()
+    user: UserConfig = ScriptedUserConfig()
+    """Who asks."""
 
     @field_validator("domains")
     @classmethod
@@ -49,11 +52,15 @@ class WorkConfig(WorldOptions):
 class WorkSession:
     """A database of one's own and a user. Grades on the state that is left, whatever led to it."""
 
-    def __init__(self, data: Mapping[str, Any]) -> None:
+    def __init__(self, data: Mapping[str, Any], speaker: ModelUser | None = None) -> None:
         self._operations = load_domain(data["domain"]).operations
         self.tools = tuple(_tool(data["domain"], t) for t in data["tools"])
         self._database = Database(data["domain"], data["rows"], data["spare"])
-        self._user = ScriptedUser(data["parts"])
+        others = vocabulary(load_domain(data["domain"])) if speaker else frozenset[str]()
+        self._user, self._speaker = ScriptedUser(data["parts"], others), speaker
+        self._patience_s = speaker.config.engine.timeout_s if speaker else 0.0
+        """For the user's model, all its answers together: the agent's time is its own."""
+        self._talk = [("you", self._user.parts[0].text)]
         self._wanted = _states(self._database, from_json(data["steps"]), [p["end"] for p in data["parts"]])
 
     async def call(self, call: ToolCall) -> str:
@@ -64,8 +71,17 @@ class WorkSession:
     async def reply(self, message: Message) -> Message | None:
         """The user's next words; None when the user leaves, served or not."""
         done = self._database.snapshot() == self._wanted[self._user.part]
-        text = self._user.reply(message.content, done)
-        return None if text is None else user(text)
+        line = self._user.reply(message.content, done)
+        if line is None:
+            return None
+        text = line.text
+        if self._speaker is not None:
+            self._talk.append(("agent", message.content))
+            wanted, began = self._user.parts[self._user.part].text, time.monotonic()
+            text = await self._speaker.say(wanted, self._talk, line, self._patience_s)
+            self._patience_s -= time.monotonic() - began
+            self._talk.append(("you", text))
+        return user(text)
 
     async def grade(self, messages: Sequence[Message]) -> float:
         """1 if the user left content and the database is as the whole request wants it.
@@ -106,7 +122,10 @@ class Work(ScriptedWorld):
     def __init__(self, config: WorkConfig, name: str = "work") -> None:
         super().__init__(name, config.habit)
         self.config = config
-        self.limits = Limits(max_turns=2 * config.chain + 8, max_tokens=80, timeout_s=60.0)
+        self._speaker = ModelUser(config.user) if isinstance(config.user, ModelUserConfig) else None
+        # A user's model that is slow or stuck must not use up the agent's time: that would count as the agent's fault.
+        waits_s = self._speaker.config.engine.timeout_s if self._speaker else 0.0
+        self.limits = Limits(max_turns=2 * config.chain + 8, max_tokens=80, timeout_s=60.0 + waits_s)
         self.size = Size(tools=config.tools, chain=config.chain, rows=config.rows, further=config.further)
 
     def draft(self, rng: Random) -> Draft:
@@ -166,8 +185,10 @@ class Work(ScriptedWorld):
                 raise ValueError(f"no habit {habit!r}; {GOOD} or one of {self.bad_habits(task)}")
 
     async def open(self, task: Task) -> WorkSession:
-        """A fresh database."""
-        return WorkSession(task.data)
+        """A fresh database. Raises EngineError if the user's model cannot be had."""
+        if self._speaker is not None:
+            await self._speaker.start()  # here, where no clock of the agent's runs
+        return WorkSession(task.data, self._speaker)
 
 
 def _follow(task: Task, steps: Steps, rng: Random, ask: bool = True) -> Script:
@@ -178,7 +199,8 @@ def _follow(task: Task, steps: Steps, rng: Random, ask: bool = True) -> Script:
         heard = ""
         if part["slot"] and ask:
             reply = yield say(f"which {part['slot']}")
-            heard = reply.content.split()[-1]
+            # A model says it in words of its own: the value is known to the script, which only waits to be told.
+            heard = part["value"] if part["value"] in reply.content else reply.content.split()[-1]
         while len(answers) < part["end"]:
             step = steps[len(answers)]
             if step is None:

@@ -138,7 +138,7 @@ from envs.sandbox import DockerConfig
 from envs.sandbox.docker_engine import container_options
 from envs.sandbox.docker_reaper import watch
 watch(None)
-options = container_options(DockerConfig(memory_mb=128), run="pool-made", capped_layer=False)
+options = container_options(DockerConfig(memory_mb=128), run="pool-made", capped_layer=False, network="none")
 docker.from_env().containers.create("posttrain-base", **options)
 print("made", flush=True)
 time.sleep(60)

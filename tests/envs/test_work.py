@@ -14,7 +14,7 @@ import pytest
 from envs.work.chain import arguments_of, from_json
 from envs.work.domain import load_domain
 from envs.work.plan import Goal
-from envs.work.users import ScriptedUser, ScriptedUserConfig, compose
+from envs.work.users import Line, ScriptedUser, ScriptedUserConfig, compose
 from envs.worlds.base import GOOD, SPLITS, empty, say
 from envs.worlds.work import Work, WorkConfig, WorkSession
 from posttrain.chat import Chat, tool_line, train_tokenizer
@@ -52,11 +52,11 @@ def test_users_answer_what_they_kept_back_and_leave_over_anything_else() -> None
         {"text": "b", "end": 2, "slot": "", "value": "", "step": -1},
     ]
     user = ScriptedUser(parts)
-    assert user.reply("Which SIZE?", done=False) == "size big"
-    assert user.reply("size please", done=False) == "size big"
+    assert user.reply("Which SIZE?", done=False) == Line(text="size big", tells="big")
+    assert user.reply("size please", done=False) == Line(text="size big", tells="big")
     assert user.reply("which color", done=False) is None
     assert user.reply("oversize", done=False) is None
-    assert user.reply("done", done=True) == "b"
+    assert user.reply("done", done=True) == Line(text="b", tells="b")
     assert user.reply("", done=True) is None and not user.content
     assert user.reply("done", done=True) is None and user.content
 
