@@ -29,6 +29,7 @@ from posttrain.types import (
     Task,
     ToolCall,
 )
+from posttrain.waits import waiting
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ class _Asker:
             seed=self.seed + state.answers,
         )
         state.answers += 1
-        completion = await self.engine.generate(state.ids, sampling)
+        with waiting(f"the engine, turn {state.answers}"):
+            completion = await self.engine.generate(state.ids, sampling)
         if completion.ids:
             state.add(Segment.from_completion(completion))
         return completion
@@ -138,7 +140,7 @@ async def run_episode(
         )
 
     try:
-        with boundary(Culprit.WORLD):
+        with waiting(f"a session of {task.world}"), boundary(Culprit.WORLD):
             session = await world.open(task)
         if noise is not None:
             session = NoisySession(session, task, noise)
@@ -150,7 +152,7 @@ async def run_episode(
         if not state.sampled:
             return rollout(StopReason.NO_MODEL_CALL)
         finished = rollout(stop)
-        with boundary(Culprit.REWARD):
+        with waiting(f"the grader of {task.world}"), boundary(Culprit.REWARD):
             outcome = await session.grade(state.messages)
             return replace(finished, score=score(finished, outcome))
     except EpisodeError as error:
@@ -165,7 +167,7 @@ async def run_episode(
 async def _close(session: Session, rollout_id: str) -> None:
     """Close, even if the caller is cancelled meanwhile. What the episode came to does not change by a failure here."""
     try:
-        with boundary(Culprit.WORLD):
+        with waiting("its session to close"), boundary(Culprit.WORLD):
             await asyncio.shield(session.close())
     except (EpisodeError, ToolError) as error:
         log.warning("%s: its session could not be closed (%s: %s)", rollout_id, error.__class__.__name__, error)
@@ -192,7 +194,7 @@ async def _converse(ask: _Asker, session: Session, task: Task, state: _State, co
             if message.tool_calls:
                 added = [await _act(session, call, state) for call in message.tool_calls]
             else:
-                with boundary(Culprit.WORLD):
+                with waiting("the user"), boundary(Culprit.WORLD):
                     reply = await session.reply(message)
                 if reply is None:
                     return StopReason.SCORED
@@ -232,7 +234,7 @@ async def _go_on(
 async def _act(session: Session, call: ToolCall, state: _State) -> Message:
     state.calls.append(call)
     try:
-        with boundary(Culprit.WORLD):
+        with waiting(f"the tool {call.name}, turn {state.answers}"), boundary(Culprit.WORLD):
             return Message(role="tool", content=await session.call(call))
     except ToolError as error:
         state.tool_errors += 1

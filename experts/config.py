@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from envs.noise import NoiseConfig
 from experts.credit import GroupCreditConfig
 from posttrain.config import Config
-from posttrain.settings import ClippedLoss, LoopConfig, OptimizerSettings, TrainerConfig
+from posttrain.objective_settings import DppoLoss, PolicyLossConfig
+from posttrain.settings import LoopConfig, OptimizerSettings, TrainerConfig
+from posttrain.watch_settings import WatchConfig
 from rewards import RewardConfig
 
 
@@ -132,6 +134,41 @@ class LozaConversion(_Conversion):
 ConversionConfig = Annotated[LsaConversion | LozaConversion, Field(discriminator="type")]
 
 
+class BudgetConfig(Config):
+    """Groups of different sizes: rollouts go where they are likeliest to give a group right and wrong ones
+    (``experts.budget``)."""
+
+    min: Annotated[int, Field(ge=2)] = 4
+    """Rollouts that every group has."""
+    max: Annotated[int, Field(ge=2)] = 16
+    """Rollouts that no group exceeds."""
+    pool: Annotated[int, Field(ge=2)] = 16
+    """Groups in a row of one world that share their rollouts, ``loop.group_size`` each on the mean."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> BudgetConfig:
+        if self.min >= self.max:
+            raise ValueError(f"max: {self.max} rollouts must be more than min, {self.min}")
+        return self
+
+
+class CurriculumConfig(Config):
+    """Which task of a world is next, by its pass rate and its difficulty (``experts.tasks``)."""
+
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """What is left of a task's pass rate when another group of it has ended; the rest is that group's."""
+    width: Annotated[float, Field(gt=0)] = 0.25
+    """Standard deviation of the window over difficulty, which is in 0..1 within a world."""
+    repeat: Annotated[float, Field(ge=0, le=15)] = 3.0
+    """a: a task of pass rate p is given to 1 + round(a (1 - p)) groups in a row."""
+    rest_after: Annotated[int, Field(gt=0)] = 2
+    """Groups in a row, all right or all wrong, after which a task rests."""
+    rest: Annotated[int, Field(gt=0)] = 200
+    """Groups of its world for which it rests."""
+    budget: BudgetConfig | None = None
+    """Groups of different sizes; null: all have ``loop.group_size`` rollouts."""
+
+
 class ExpertConfig(Config):
     """One expert: the worlds it practises in, what counts as good, how it learns."""
 
@@ -139,18 +176,48 @@ class ExpertConfig(Config):
     """Name of a world to its share of the tasks."""
     train_tasks: Annotated[int, Field(gt=0)] = 2000
     """Different tasks a world; they come round again."""
+    curriculum: CurriculumConfig | None = None
+    """Which of them are next; null: any, whatever became of them before."""
+    oversample: dict[str, Annotated[float, Field(ge=1, le=20)]] = Field(default_factory=dict[str, float])
+    """Name of a world to the groups started for one that can be trained, to begin with; 1 for a world that is not
+    named. With ``loop.quotas``, which learns it from then on."""
     noise: NoiseConfig | None = None
     """What makes users vague and tools fail on a part of each group; null: nothing does."""
     reward: RewardConfig = RewardConfig()
     """Weights of the reward's parts."""
     credit: GroupCreditConfig = GroupCreditConfig()
     """How rewards become advantages."""
-    loss: ClippedLoss = ClippedLoss()
+    loss: PolicyLossConfig = DppoLoss()
     """Objective."""
     loop: LoopConfig = LoopConfig()
     """Pace."""
     trainer: TrainerConfig = TrainerConfig()
     """Steps."""
+    watch: WatchConfig = WatchConfig()
+    """When to warn, to pause and to roll back."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ExpertConfig:
+        size, budget = self.loop.group_size, self.curriculum and self.curriculum.budget
+        if budget is not None and not budget.min <= size <= budget.max:
+            raise ValueError(
+                f"curriculum.budget: loop.group_size is {size} and must be in {budget.min}..{budget.max}: groups have "
+                "so many rollouts on the mean"
+            )
+        loss = self.loss
+        whole = loss.type == "gspo" or loss.reduction != "constant" or loss.sequence_band or loss.sequence_cap
+        if self.credit.token_cap is not None and whole:
+            raise ValueError(
+                "credit.token_cap: it trains on parts of responses, and this loss speaks of whole ones; set it to null "
+                "or loss.reduction to constant, sequence_band and sequence_cap to null and loss.type not to gspo"
+            )
+        for world in self.oversample:
+            if world not in self.worlds:
+                known = ", ".join(sorted(self.worlds))
+                raise ValueError(f"oversample: `{world}` is not among the expert's worlds; these are: {known}")
+        if self.oversample and not self.loop.quotas:
+            raise ValueError("oversample: without quotas nothing asks for a world; set loop.quotas to true")
+        return self
 
 
 class EvaluationConfig(Config):

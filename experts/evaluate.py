@@ -9,7 +9,7 @@ from typing import Any
 from envs.episode import transcript
 from experts.config import EvaluationConfig
 from experts.rollouts import Player
-from posttrain.loop import derive_seed
+from posttrain.groups import derive_seed
 from posttrain.protocols import Engine, World
 from posttrain.types import Rollout, Task
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from envs.noise import Noise, NoiseConfig, NoiseScheduler, noise_level, noise_of
-from posttrain.loop import derive_seed
+from posttrain.groups import derive_seed
 from posttrain.types import Rollout
 
 

@@ -10,7 +10,9 @@ from envs.context import ContextConfig
 from envs.worlds import WorldConfig, make_world
 from experts.config import ColdStartConfig, ConversionConfig, EvaluationConfig, ExpertConfig
 from posttrain.config import Config
-from posttrain.settings import DistillLoss, LocalEngineConfig, LoopConfig, ModelConfig, TrainerConfig
+from posttrain.objective_settings import DistillLoss
+from posttrain.settings import LocalEngineConfig, LoopConfig, ModelConfig, TrainerConfig
+from posttrain.watch_settings import WatchConfig
 
 
 class FusionConfig(Config):
@@ -26,6 +28,8 @@ class FusionConfig(Config):
     """Pace. One rollout a prompt is enough: nothing is compared within a group."""
     trainer: TrainerConfig = TrainerConfig()
     """Steps."""
+    watch: WatchConfig = WatchConfig()
+    """When to warn, to pause and to roll back."""
 
 
 class PipelineConfig(Config):
@@ -49,12 +53,16 @@ class PipelineConfig(Config):
     """Name to expert; the name is the domain it will teach."""
     fusion: FusionConfig = FusionConfig()
     """Experts to student."""
+    general: ExpertConfig | None = None
+    """General RL: the student goes on by its own rewards, in worlds of any domain; null: the fusion is the end."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out tasks."""
 
     @model_validator(mode="after")
     def _names_agree(self) -> PipelineConfig:
         named = {f"experts.{expert}.worlds": list(config.worlds) for expert, config in self.experts.items()}
+        if self.general is not None:
+            named["general.worlds"] = list(self.general.worlds)
         if self.cold_start is not None:
             named["cold_start.shares"] = list(self.cold_start.shares)
         for key, names in named.items():
@@ -62,6 +70,9 @@ class PipelineConfig(Config):
                 if world not in self.worlds:
                     known = ", ".join(sorted(self.worlds))
                     raise ValueError(f"{key}: there is no world `{world}`; `worlds` has: {known}")
+        for expert in self.experts:
+            if expert in ("base", "student", "general"):
+                raise ValueError(f"experts.{expert}: this name is taken by another policy; choose another")
         domains = domains_of(self)
         taught = sorted(set(domains.values()))
         if len(taught) < len(domains):
@@ -70,6 +81,7 @@ class PipelineConfig(Config):
             if domain not in taught:
                 raise ValueError(f"fusion.domains: no expert teaches `{domain}`; taught are: {', '.join(taught)}")
         replaying = [f"experts.{e}" for e, c in self.experts.items() if c.trainer.replay_choices]
+        replaying += ["general"] if self.general is not None and self.general.trainer.replay_choices else []
         replaying += ["fusion"] if self.fusion.trainer.replay_choices else []
         if replaying and not self.engine.record_choices:
             raise ValueError(

@@ -41,8 +41,8 @@ from posttrain.config import digest
 from posttrain.engine.local import LocalEngine
 from posttrain.engine.start import start_engine
 from posttrain.files import remove, write_json
+from posttrain.groups import derive_seed
 from posttrain.journal import Journal, read_journal
-from posttrain.loop import derive_seed
 from posttrain.metrics import Metrics
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.model.checkpoint import load_any
@@ -177,24 +177,45 @@ class Pipeline:
 
     async def expert(self, name: str) -> Path:
         """The folder of the trained expert."""
-        c, stage, base = self.config.experts[name], f"expert-{name}", await self.base()
+        base = await self.base()
+        return await self._by_rewards(f"expert-{name}", self.config.experts[name], base, self.digests["base"])
+
+    async def general(self) -> Path:
+        """The folder of the student after general RL."""
+        assert self.config.general is not None
+        student = await self.student()
+        return await self._by_rewards("general", self.config.general, student, self.digests["fusion"])
+
+    async def _by_rewards(self, stage: str, c: ExpertConfig, start: Path, below: str) -> Path:
         used = {world: self.config.worlds[world] for world in c.worlds}
-        key = self._digest(stage, c, used, self.config.engine, self.config.context, self.digests["base"])
-        await self._stage(stage, key, partial(self._train_expert, name, c, base))
+        key = self._digest(stage, c, used, self.config.engine, self.config.context, below)
+        await self._stage(stage, key, partial(self._train, stage, c, start))
         return self.run.checkpoint(stage)
 
-    async def _train_expert(self, name: str, c: ExpertConfig, base: Path, resumed: bool) -> list[Path]:
-        seed = derive_seed(self.config.seed, "expert", name)
+    async def _train(self, name: str, c: ExpertConfig, start: Path, resumed: bool) -> list[Path]:
+        seed = derive_seed(self.config.seed, *name.split("-", 1))
+        source = TaskStream(
+            self.worlds,
+            c.worlds,
+            c.train_tasks,
+            seed,
+            curriculum=c.curriculum,
+            group_size=c.loop.group_size,
+            oversample=c.oversample,
+        )
+        budget = c.curriculum and c.curriculum.budget
+        # Of groups of any size up to this one, the noisy share is the same on the mean.
+        largest = budget.max if budget else c.loop.group_size
         stage = Stage(
-            name=f"expert-{name}",
-            start=base,
+            name=name,
+            start=start,
             loop=c.loop,
             trainer=c.trainer,
             loss=c.loss,
             engine=self.config.engine,
-            credit=GroupCredit(c.credit),
-            player=self._player(base, c.reward, noise=c.noise and GroupNoise(c.noise, c.loop.group_size, seed)),
-            task=TaskStream(self.worlds, c.worlds, c.train_tasks, seed),
+            credit=GroupCredit(c.credit, seed),
+            player=self._player(start, c.reward, noise=c.noise and GroupNoise(c.noise, largest, seed)),
+            source=source,
             seed=seed,
         )
         return [await run_stage(stage, self.run, self.metrics, self.progress)]
@@ -226,7 +247,7 @@ class Pipeline:
             engine=self.config.engine,
             credit=TeacherCredit({domain: ModelTeacher(folder) for domain, folder in teachers.items()}),
             player=self._player(base, RewardConfig()),
-            task=TaskStream(self.worlds, shares, c.train_tasks, seed),
+            source=TaskStream(self.worlds, shares, c.train_tasks, seed),
             seed=seed,
         )
         return [await run_stage(stage, self.run, self.metrics, self.progress)]
@@ -236,7 +257,10 @@ class Pipeline:
         policies = {"base": await self.base()}
         policies |= {name: await self.expert(name) for name in self.config.experts}
         policies["student"] = await self.student()
-        sources = {"base": "base", "student": "fusion"} | {n: f"expert-{n}" for n in self.config.experts}
+        sources = {"base": "base", "student": "fusion", "general": "general"}
+        sources |= {n: f"expert-{n}" for n in self.config.experts}
+        if self.config.general is not None:
+            policies["general"] = await self.general()
         async with AsyncExitStack() as stack:
             start = partial(self._engine_for_all, stack, policies["base"])
             for number, (label, folder) in enumerate(policies.items()):

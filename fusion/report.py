@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fusion.charts import Chart, Series, chart, number
-from fusion.results import BASE, STUDENT, verdict
+from fusion.results import BASE, GENERAL, NOT_EXPERTS, STUDENT, verdict
 from fusion.transcripts import tasks_to_read
 from posttrain.files import write_text
 from posttrain.journal import read_journal
@@ -53,18 +53,20 @@ class Findings:
     results: dict[str, Any] | None
     evaluation: dict[str, list[Record]]
     """Records of every evaluated policy: base, experts, student."""
+    alarms: dict[str, list[Record]]
+    """Where rules were violated, of every stage that had any."""
 
     @property
     def experts(self) -> list[str]:
         """Names, in the order of the config; of what ran, if the config does not say."""
         ran = [s.removeprefix(_EXPERT) for s in self.steps if s.startswith(_EXPERT)]
-        evaluated = [p for p in self.evaluation if p not in (BASE, STUDENT)]
+        evaluated = [p for p in self.evaluation if p not in NOT_EXPERTS]
         return list(dict.fromkeys([*(self.config.get("experts") or {}), *ran, *evaluated]))
 
     @property
     def policies(self) -> list[str]:
         """All that may have a colour."""
-        return [BASE, *self.experts, STUDENT]
+        return [BASE, *self.experts, STUDENT, *([GENERAL] if GENERAL in self.evaluation else [])]
 
     def color(self, name: str) -> str:
         """Colour of a policy or a stage."""
@@ -122,6 +124,9 @@ def read(run: RunDir) -> Findings:
     for stage, s in run.seconds().items():
         name = "evaluation" if stage.startswith(_EVALUATION) else stage
         seconds[name] = seconds.get(name, 0.0) + s
+    alarms: dict[str, list[Record]] = {}
+    for path in sorted((run.path / "checkpoints").glob("*/alarms.jsonl")):
+        alarms[path.parent.name] = [*read_journal(path)]
     return Findings(
         name=run.path.resolve().name,
         config=config or {},
@@ -129,6 +134,7 @@ def read(run: RunDir) -> Findings:
         seconds=seconds,
         results=json.loads(run.results_file.read_text()) if run.results_file.exists() else None,
         evaluation=evaluation,
+        alarms={stage: records for stage, records in alarms.items() if records},
     )
 
 
@@ -212,9 +218,11 @@ def _health(found: Findings) -> list[Chart]:
             chart("Entropy", over("entropy"), note="nats a token"),
             chart("Engine against trainer", over("gap_abs"), note="|log-prob now − when sampled|, staleness included"),
             chart("KL to the sampling policy", over("kl_behaviour"), note="nats a token; grows with staleness"),
+            chart("Effective sample size", over("ess_tokens"), percent=True, note="of the importance weights"),
             chart("Staleness", over("staleness_mean"), note="mean versions behind"),
             chart("Trainer waits for rollouts", shares, percent=True, y_range=(0, 1), note="share of the step"),
             chart("Answer length", over("sampled_tokens"), note="sampled tokens an episode"),
+            chart("Repetition", over("repetition"), percent=True, note="share of calls or phrases said before"),
             chart("Malformed calls", over("parse_errors"), note="parse errors an episode"),
             chart("Gradient norm", over("grad_norm"), note="before clipping"),
             chart("Groups without signal", over("silent_groups"), percent=True, note="all rewards equal"),
@@ -274,7 +282,7 @@ def _tokens(found: Findings) -> list[dict[str, Any]]:
         if len(sizes) < _LEVELS:
             continue
         teacher = _teacher(found, domain)
-        policies = [p for p in (BASE, teacher, STUDENT) if p in found.evaluation]
+        policies = [p for p in (BASE, teacher, STUDENT, GENERAL) if p in found.evaluation]
         tokens, solved = (
             [
                 Series(name=p, color=found.color(p), points=_by_difficulty(found.evaluation[p], world, key))
@@ -344,7 +352,7 @@ def _stops(found: Findings) -> dict[str, Any]:
 def _best_single(results: Mapping[str, Any] | None) -> tuple[str, float] | None:
     """The expert that is best on the whole, with its mean over domains."""
     means = results["mean_over_domains"] if results else {}
-    singles = [(p, m) for p, m in means.items() if p not in (BASE, STUDENT) and m is not None]
+    singles = [(p, m) for p, m in means.items() if p not in NOT_EXPERTS and m is not None]
     return max(singles, key=lambda item: item[1], default=None)
 
 

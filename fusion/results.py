@@ -7,6 +7,8 @@ Beside what the file must have, a domain has
 - ``invalid``   episodes that could not be judged, by policy; ``left_out``: tasks left out because of them
 - ``recovery_reason``  why ``recovery`` or its interval is null, where it is
 
+- ``general``   score after the general RL that followed the fusion, where the config has it
+
 and the file has ``mean_over_domains``, ``{POLICY: mean of its domain scores}``, every domain counting the same.
 """
 
@@ -20,7 +22,8 @@ import numpy as np
 from rich.table import Table
 from scipy import stats
 
-BASE, STUDENT = "base", "student"
+BASE, STUDENT, GENERAL = "base", "student", "general"
+NOT_EXPERTS = (BASE, STUDENT, GENERAL)
 
 GAIN_BAR = 0.15
 """An expert's least gain over base on its own domain."""
@@ -47,11 +50,11 @@ def results(
 ) -> dict[str, Any]:
     """What ``results.json`` holds.
 
-    ``records``: policy (``base``, every expert, ``student``) to its records of ``experts.evaluate.record``.
-    ``experts``: expert to the domain it teaches. A task that could not be judged under any one policy is left out of
-    all of them. Raises ValueError if the policies were not asked the same tasks.
+    ``records``: policy (``base``, every expert, ``student``, perhaps ``general``) to its records of
+    ``experts.evaluate.record``. ``experts``: expert to the domain it teaches. A task that could not be judged under any
+    one policy is left out of all of them. Raises ValueError if the policies were not asked the same tasks.
     """
-    policies = [BASE, *experts, STUDENT]
+    policies = [BASE, *experts, STUDENT, *([GENERAL] if GENERAL in records else [])]
     if len(set(policies)) != len(policies) or len(set(experts.values())) != len(experts):
         raise ValueError(f"policies and taught domains must be distinct: {policies}, {list(experts.values())}")
     outcomes = {p: _outcomes(p, records) for p in policies}
@@ -98,8 +101,9 @@ def _domain(
     return {
         "n": len(kept),
         "base": scores[BASE],
-        "experts": {p: s for p, s in scores.items() if p not in (BASE, STUDENT)},
+        "experts": {p: s for p, s in scores.items() if p not in NOT_EXPERTS},
         "student": scores[STUDENT],
+        **({"general": scores[GENERAL]} if GENERAL in scores else {}),
         "teacher": teacher,
         **_recovery(values, teacher, resamples, seed),
         "ci95": {p: wilson(v) for p, v in values.items()},
@@ -173,14 +177,23 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _score(domain: Mapping[str, Any], policy: str) -> float | None:
-    return domain[policy] if policy in (BASE, STUDENT) else domain["experts"][policy]
+    return domain[policy] if policy in NOT_EXPERTS else domain["experts"][policy]
 
 
 def table(results: Mapping[str, Any]) -> Table:
     """For the terminal: one row a domain, one for the mean over domains."""
     out = Table(title="Held-out tasks, share solved (95 % interval)")
     out.add_column("domain")
-    for name in ("n", "base", "own expert", "other experts", "student", "recovery"):
+    general = GENERAL in results["mean_over_domains"]
+    for name in (
+        "n",
+        "base",
+        "own expert",
+        "other experts",
+        "student",
+        "recovery",
+        *(["general RL"] if general else []),
+    ):
         out.add_column(name, justify="right")
     own: list[float | None] = []
     for name, domain in results["domains"].items():
@@ -195,11 +208,13 @@ def table(results: Mapping[str, Any]) -> Table:
             others or "-",
             _with_interval(domain, STUDENT),
             _figure(domain["recovery"]) + _interval(domain["recovery_ci95"]),
+            *([_with_interval(domain, GENERAL)] if general else []),
         )
     means = results["mean_over_domains"]
-    singles = ", ".join(f"{e} {_figure(s)}" for e, s in means.items() if e not in (BASE, STUDENT))
+    singles = ", ".join(f"{e} {_figure(s)}" for e, s in means.items() if e not in NOT_EXPERTS)
     out.add_section()
-    out.add_row("mean", "", _figure(means[BASE]), _figure(_mean(own)), singles or "-", _figure(means[STUDENT]), "")
+    last = [_figure(means[STUDENT]), "", *([_figure(means[GENERAL])] if general else [])]
+    out.add_row("mean", "", _figure(means[BASE]), _figure(_mean(own)), singles or "-", *last)
     return out
 
 
@@ -229,7 +244,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         )
     means = results["mean_over_domains"]
     student = means[STUDENT]
-    for policy in (p for p in means if p not in (BASE, STUDENT)):
+    for policy in (p for p in means if p not in NOT_EXPERTS):
         above = student is not None and means[policy] is not None and student > means[policy]
         bar(above, f"mean over domains: student {_figure(student)} beats expert {policy} {_figure(means[policy])}")
     return lines
@@ -247,4 +262,4 @@ def _with_interval(domain: Mapping[str, Any], policy: str) -> str:
     return _figure(_score(domain, policy)) + _interval(domain["ci95"][policy])
 
 
-__all__ = ["BASE", "STUDENT", "results", "table", "verdict", "wilson"]
+__all__ = ["BASE", "GENERAL", "NOT_EXPERTS", "STUDENT", "results", "table", "verdict", "wilson"]

@@ -76,6 +76,50 @@ def report(directory: Annotated[Path, typer.Argument(help="Directory of a run.",
     print(write_report(RunDir.require(directory)))
 
 
+@app.command()
+def why(directory: Annotated[Path, typer.Argument(help="Directory of a run.", metavar="DIR")]) -> None:
+    """Who waits for whom in a run, on which trajectory, since when: for one that seems to stand still."""
+    import time
+
+    from posttrain import waits
+    from posttrain.run import RunDir
+
+    where = RunDir.require(directory)
+    found = waits.why(where.waits_file, time.time())
+    if found is None:
+        state = "the run is finished" if where.results_file.exists() else "no stage that keeps records is under way"
+        stages = ", ".join(where.seconds()) or "none"
+        found = f"nobody waits: {state}. Finished stages: {stages}. What was done is in {where.log_file}"
+    print(found)
+
+
+@app.command()
+def simulate(
+    config: ConfigPath,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file for the figures.", metavar="FILE.json")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Plan a stage at any size, asynchronous against synchronous, without running it: see docs/async.md."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from posttrain.config import load
+    from posttrain.files import write_json
+    from posttrain.simulate import simulate as plan
+    from posttrain.simulate import table
+    from posttrain.simulate_settings import SimulationConfig
+
+    spec = load(SimulationConfig, config, set_ or [])
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+    with Progress(transient=True) as progress:
+        steps = progress.add_task("planned, then synchronous", total=2 * spec.loop.steps)
+        found = plan(spec, lambda step: progress.advance(steps))
+    Console().print(table(found))
+    if out is not None:
+        write_json(out, found.to_dict())
+
+
 @model_app.command()
 def describe(
     config: Annotated[
@@ -182,12 +226,15 @@ def _show(found: dict[str, Any], directory: Any) -> None:
 
 
 def main() -> None:
-    """Entry of the console script: a UserError is one message and exit status 2."""
+    """Entry of the console script: a UserError is one message and exit status 2, a pause one and 3."""
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        from posttrain.watch import Paused
+
+        paused = isinstance(error, Paused)
+        print(error if paused else f"error: {error}", file=sys.stderr)
+        raise SystemExit(3 if paused else 2) from None
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def rollout_to_dict(rollout: Rollout) -> dict[str, Any]:
     return {
         "id": rollout.id,
         "group": rollout.group,
-        "task": _task_to_dict(rollout.task),
+        "task": task_to_dict(rollout.task),
         "branches": [[_segment_to_dict(segment) for segment in branch] for branch in rollout.branches],
         "messages": [_message_to_dict(message) for message in rollout.messages],
         "stop": rollout.stop.value,
@@ -141,7 +141,7 @@ def rollout_from_dict(data: Mapping[str, Any]) -> Rollout:
     return Rollout(
         id=data["id"],
         group=data["group"],
-        task=_task_from_dict(data["task"]),
+        task=task_from_dict(data["task"]),
         branches=tuple(tuple(_segment_from_dict(s) for s in branch) for branch in data["branches"]),
         messages=tuple(_message_from_dict(m) for m in data["messages"]),
         stop=StopReason(data["stop"]),
@@ -154,7 +154,8 @@ def rollout_from_dict(data: Mapping[str, Any]) -> Rollout:
     )
 
 
-def _task_to_dict(task: Task) -> dict[str, Any]:
+def task_to_dict(task: Task) -> dict[str, Any]:
+    """JSON values from which ``task_from_dict`` makes an equal task."""
     return {
         "id": task.id,
         "domain": task.domain,
@@ -164,11 +165,13 @@ def _task_to_dict(task: Task) -> dict[str, Any]:
         "files": dict(task.files),
         "limits": [task.limits.max_turns, task.limits.max_tokens, task.limits.timeout_s],
         "difficulty": task.difficulty,
+        "rollouts": task.rollouts,
         "data": dict(task.data),
     }
 
 
-def _task_from_dict(data: Mapping[str, Any]) -> Task:
+def task_from_dict(data: Mapping[str, Any]) -> Task:
+    """Inverse of ``task_to_dict``."""
     turns, tokens, timeout_s = data["limits"]
     return Task(
         id=data["id"],
@@ -179,6 +182,7 @@ def _task_from_dict(data: Mapping[str, Any]) -> Task:
         files=data["files"],
         limits=Limits(max_turns=turns, max_tokens=tokens, timeout_s=timeout_s),
         difficulty=data["difficulty"],
+        rollouts=data.get("rollouts"),  # journals of before groups could differ in size have none
         data=data["data"],
     )
 

@@ -1,16 +1,17 @@
 """Rollouts -> credit -> batch -> step -> weights, and around.
 
-Three coroutines, joined by two stores that admission bounds; one TaskGroup, so that a crash anywhere ends the run.
+Three coroutines and a watcher in one TaskGroup, so that a crash anywhere ends the run. Who may start and what is
+trained next is the scheduler's business (``posttrain.scheduler``).
 
-- produce  waits for a free admission slot; ``learn`` frees slots when a version is published or a group is too old,
+- produce  waits for a free admission slot; ``learn`` frees slots when a version is published or a group is given up,
            ``collect`` when a group turns out to be worthless. It starts groups; a group is G rollouts side by side.
 - collect  waits for a finished group (started by ``produce``), asks ``credit`` for samples, puts them on the shelf.
 - learn    waits for a full batch on the shelf (filled by ``collect``), takes the oldest groups, steps beside the loop
            in a thread, publishes, waits until the engine has the weights. It alone is finite; its end ends the others.
+- tell     waits for nobody: it writes down, again and again, who waits for what (``posttrain.waits``).
 
-Admission (AReaL): a group may start while ``running < max_running`` and ``running + accepted < (K + version + 1) * B``,
-so what is trained at ``version`` started at ``version - K`` or later. ``max_staleness`` K = 0 is the synchronous mode:
-groups start B at a time, the engine is asked in lockstep, and a run repeats bit for bit.
+``max_staleness`` K = 0 is the synchronous mode: groups start B at a time, the engine is asked in lockstep, and a run
+repeats bit for bit.
 
 Every rollout is journalled when it arrives, before anything may drop it. A group whose number is not in the
 checkpoint's ``finished`` is run again after a kill, with the journalled rollouts of it taken as they are. In
@@ -21,46 +22,39 @@ of groups that the kill cut short is sampled again, and comes out the same.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
+from posttrain import waits
 from posttrain.engine.lockstep import Lockstep
+from posttrain.engine.pinned import Pinned
+from posttrain.groups import (
+    Group,
+    Journal,
+    RunRollout,
+    TaskSource,
+    attempt_of,
+    breaker,
+    derive_seed,
+    index_of,
+    oldest_version,
+    spread,
+)
+from posttrain.journal import task_from_dict, task_to_dict
 from posttrain.protocols import Credit, Engine
+from posttrain.scheduler import Scheduler
 from posttrain.settings import LoopConfig
 from posttrain.trainer import Trainer
-from posttrain.types import Rollout, Sample, StopReason, Task
+from posttrain.types import Rollout, StopReason, Task
 
 log = logging.getLogger(__name__)
 
-
-class RunRollout(Protocol):
-    """One episode from task to score; never raises for what an episode may do."""
-
-    async def __call__(self, engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout: ...
-
-
-class Journal(Protocol):
-    """Where rollouts go when they arrive."""
-
-    def write(self, record: Rollout) -> None: ...
-
-
-@dataclass(slots=True, kw_only=True)
-class Group:
-    """A finished group on its way to the trainer."""
-
-    number: int
-    rollouts: list[Rollout]
-    samples: list[Sample] = field(default_factory=list)
-
-
-def derive_seed(*parts: object) -> int:
-    """63 bits that depend on every part."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+_TELL_S = 5.0
+"""Between two records of who waits."""
 
 
 class Loop:
@@ -75,51 +69,82 @@ class Loop:
         engine: Engine,
         trainer: Trainer,
         credit: Credit,
-        task: Callable[[int], Task],
+        source: TaskSource,
         run_rollout: RunRollout,
         journal: Journal,
         on_step: Callable[[int, dict[str, float], Sequence[Group]], None],
         checkpoint: Callable[[dict[str, Any]], None],
+        shares: Mapping[str, float] | None = None,
+        oversample: Mapping[str, float] | None = None,
+        waits_file: Path | None = None,
     ) -> None:
         self.config, self.name, self.seed = config, name, seed
         self.engine: Engine = Lockstep(engine) if config.max_staleness == 0 else engine
-        self.trainer, self.credit, self.task, self.run_rollout = trainer, credit, task, run_rollout
-        self.journal, self.on_step, self.checkpoint = journal, on_step, checkpoint
+        self.trainer, self.credit, self.source, self.run_rollout = trainer, credit, source, run_rollout
+        self.journal, self.on_step, self.checkpoint, self.waits_file = journal, on_step, checkpoint, waits_file
+        shares = shares if config.quotas else None
+        self.books = Scheduler(config, version=trainer.version, shares=shares, oversample=oversample)
         self.finished: set[int] = set()
         """Numbers of groups that are trained or dropped for good."""
         self.kept: dict[int, list[Rollout]] = {}
         """Journalled rollouts of unfinished groups, from before a kill."""
-        self._next, self._accepted = 0, 0
-        self._running: set[asyncio.Task[None]] = set()
+        self.groups: dict[int, Group] = {}
+        """Groups that were started and may still be trained."""
+        self._tasks: dict[int, Task] = {}
+        """Tasks of groups that are to be started again."""
+        self._again: set[int] = set()
+        """Groups that were given up and start anew before any other."""
+        self._attempts: defaultdict[int, Counter[int]] = defaultdict(Counter)
+        """Rollouts made so far for the places of an unfinished group: each has a name and a seed of its own."""
+        self._next = 0
+        self._playing: dict[int, asyncio.Task[None]] = {}
         self._arrived: list[Group] = []
-        self._shelf: list[Group] = []
+        self._unseen: list[Group] = []
         self._invalid_in_a_row = 0
-        self._counts = {"dropped_stale": 0, "dropped_invalid": 0, "retries": 0}
+        self._counts: dict[str, int] = dict.fromkeys(("stale", "evicted", "dropped_invalid", "filtered", "retries"), 0)
         self._changed = asyncio.Condition()
 
     def resume(self, state: Mapping[str, Any], journalled: Sequence[Rollout]) -> None:
-        """Continue from a checkpoint's state (see ``_state``) and everything the journal holds."""
+        """Continue from a checkpoint's state (see ``state``) and everything the journal holds."""
         self.finished = set(state["finished"])
-        self._accepted = state["accepted"]
-        latest = {(int(r.group.rsplit("/", 1)[1]), _index(r)): r for r in journalled if r.valid}
-        for (number, _), rollout in latest.items():
-            if number not in self.finished:
-                self.kept.setdefault(number, []).append(rollout)
+        self.books.accepted = state["accepted"]
+        if "books" in state:
+            self.books.restore(state["books"])
+            self.source.restore(state["source"])
+            self._tasks = {int(n): task_from_dict(t) for n, t in state["tasks"].items()}
+        places = [((int(r.group.rsplit("/", 1)[1]), index_of(r)), r) for r in journalled]
+        places = [(place, r) for place, r in places if place[0] not in self.finished]
+        for (number, _), rollout in {place: r for place, r in places if r.valid}.items():
+            self.kept.setdefault(number, []).append(rollout)
+        if self.config.max_staleness:  # else a batch that was cut short comes out as it was, names and all
+            for (number, index), rollout in places:
+                self._attempts[number][index] = max(self._attempts[number][index], attempt_of(rollout) + 1)
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """For ``resume``, taken between two steps; the trainer's is in it."""
         trained = self.trainer.version * self.config.groups_per_step
-        return {"finished": sorted(self.finished), "accepted": trained, "trainer": self.trainer.state()}
+        self._tell_source()
+        open_groups = {n: g.task for n, g in self.groups.items() if n not in self.finished} | self._tasks
+        return {
+            "finished": sorted(self.finished),
+            "accepted": trained,
+            "books": self.books.state(),
+            "source": self.source.state(),
+            "tasks": {str(n): task_to_dict(t) for n, t in sorted(open_groups.items())},
+            "trainer": self.trainer.state(),
+        }
 
     async def run(self) -> None:
         """Train until ``config.steps`` versions exist. Raises what first went wrong in any coroutine, as it is."""
         if self.trainer.version >= self.config.steps:
             return
-        await self.engine.load(self.trainer.publish())
+        await self._load()
         try:
             async with asyncio.TaskGroup() as tasks:
-                helpers = [tasks.create_task(self._produce(tasks)), tasks.create_task(self._collect())]
-                await self._learn()
-                for helper in [*helpers, *self._running]:
+                helpers = [tasks.create_task(x) for x in (self._produce(tasks), self._collect(), self._tell())]
+                with waits.acting(f"{self.name}: learn"):
+                    await self._learn()
+                for helper in [*helpers, *self._playing.values()]:
                     helper.cancel()
         except BaseExceptionGroup as group:
             first, *others = _leaves(group)
@@ -127,150 +152,226 @@ class Loop:
                 log.error("%s: then also %s: %s", self.name, type(other).__name__, other)
             raise first from None
 
-    async def _until(self, ready: Callable[[], bool], what: str) -> None:
+    async def _until(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         """Wait until ``ready()``; bounded and named."""
         try:
-            async with asyncio.timeout(self.config.wait_s), self._changed:
-                await self._changed.wait_for(ready)
+            with waits.waiting(what()):
+                async with asyncio.timeout(self.config.wait_s), self._changed:
+                    await self._changed.wait_for(ready)
         except TimeoutError as error:
+            found = waits.text(waits.snapshot(self._queues()), time.time())
             raise TimeoutError(
-                f"{self.name}: waited {self.config.wait_s:g} s for {what} at version {self.trainer.version}: "
-                f"{len(self._running)} groups running, {len(self._arrived)} arrived, {len(self._shelf)} on the shelf"
+                f"{self.name}: waited {self.config.wait_s:g} s for {what()} at version {self.trainer.version}: {found}"
             ) from error
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
-    def _slots(self) -> int:
-        c = self.config
-        running = len(self._running) + len(self._arrived)
-        if c.max_staleness == 0 and running:
-            return 0
-        ahead = (c.max_staleness + self.trainer.version + 1) * c.groups_per_step - self._accepted - running
-        limit = c.groups_per_step if c.max_staleness == 0 else c.max_running
-        return min(limit - len(self._running), ahead)
+    def _queues(self) -> dict[str, float]:
+        books = self.books
+        return {
+            "running groups": sum(t.running > 0 for t in books.running.values()),
+            "running rollouts": sum(t.running for t in books.running.values()),
+            "arrived groups": len(self._arrived),
+            "groups on the shelf": len(books.shelf),
+            "free slots": books.slots(),
+        }
+
+    async def _tell(self) -> None:
+        """Write down who waits; log it at each tenth of the bound that the trainer has waited for."""
+        told = 0.0
+        while True:
+            await asyncio.sleep(min(_TELL_S, self.config.wait_s / 10))
+            if self.waits_file is not None:
+                await asyncio.to_thread(waits.write, self.waits_file, self._queues())
+            found = waits.snapshot(self._queues())
+            mine = [w for w in found["waits"] if w["who"] == f"{self.name}: learn"]
+            waited = found["time"] - mine[0]["since"] if mine else 0.0
+            if waited < told:
+                told = 0.0
+            if waited - told > self.config.wait_s / 10:
+                told = waited
+                log.warning("%s: nothing to train on for %.0f s; %s", self.name, waited, waits.text(found, time.time()))
 
     async def _produce(self, tasks: asyncio.TaskGroup) -> None:
-        while True:
-            await self._until(lambda: self._slots() > 0, "an admission slot")
-            batch = [self._claim() for _ in range(self._slots())]
-            cut_short = any(len(kept) < self.config.group_size for _, kept in batch)
-            for number, kept in batch:
-                if isinstance(self.engine, Lockstep):
-                    kept = [] if cut_short else kept
-                    self.engine.enter(self.config.group_size - len(kept))
-                running = tasks.create_task(self._group(number, kept), name=f"{self.name}/{number}")
-                self._running.add(running)
-                running.add_done_callback(self._running.discard)
+        with waits.acting(f"{self.name}: produce"):
+            while True:
+                await self._until(lambda: self.books.slots() > 0, lambda: "an admission slot")
+                self._tell_source()
+                batch = [self._claim() for _ in range(self.books.slots())]
+                if isinstance(self.engine, Lockstep) and any(len(g.kept) < self._size(g.task) for g in batch):
+                    for group in batch:
+                        group.kept = []
+                        self.books.running[group.number].running = self._size(group.task)
+                for group in batch:
+                    self._play(group, tasks)
 
-    def _claim(self) -> tuple[int, list[Rollout]]:
-        """Number of the next group to start, and what the journal held of it."""
-        while self._next in self.finished:
+    def _tell_source(self) -> None:
+        for group in sorted(self._unseen, key=lambda g: g.number):
+            self.source.seen(group.task, [r for r in group.rollouts if r.valid])
+        self._unseen.clear()
+
+    def _claim(self) -> Group:
+        """The next group to start: the first number that was neither trained nor started."""
+        while self._next in self.finished or self._next in self.groups:
             self._next += 1
-        number, self._next = self._next, self._next + 1
-        return number, self.kept.pop(number, [])
+        number = min(self._again, default=self._next)
+        self._again.discard(number)
+        found = self.kept.pop(number, [])
+        kept = [r for r in found if self._young(r)]
+        task = self._tasks.pop(number, None)
+        if task is None:
+            task = self.source.task(number, self.books.world() if self.books.shares else "")
+            # Of a group that started after the checkpoint, the source may give another task than in its former life.
+            task = next((r.task for r in found if r.task.id != task.id), task)
+        group = self.groups[number] = Group(number=number, task=task, kept=kept)
+        oldest = min((r.oldest_version for r in kept if r.oldest_version >= 0), default=None)
+        group.version = self.books.start(number, self._size(task) - len(kept), task.world, oldest).version
+        return group
 
-    async def _group(self, number: int, kept: list[Rollout]) -> None:
-        task, taken = self.task(number), {_index(r) for r in kept}
-        missing = [i for i in range(self.config.group_size) if i not in taken]
+    def _size(self, task: Task) -> int:
+        """Rollouts of a group of it."""
+        return task.rollouts or self.config.group_size
+
+    def _young(self, rollout: Rollout) -> bool:
+        return self.trainer.version - rollout.oldest_version <= self.config.max_staleness
+
+    def _play(self, group: Group, tasks: asyncio.TaskGroup) -> None:
+        if isinstance(self.engine, Lockstep):
+            self.engine.enter(self._size(group.task) - len(group.kept))
+        playing = tasks.create_task(self._group(group), name=f"{self.name}/{group.number}")
+        self._playing[group.number] = playing
+
+    async def _group(self, group: Group) -> None:
+        taken = {index_of(r) for r in group.kept}
+        missing = [i for i in range(self._size(group.task)) if i not in taken]
+        engine = self.engine
+        if self.config.versions == "pinned":
+            engine = Pinned(engine, self.books.running[group.number].pinned)
         async with asyncio.TaskGroup() as episodes:  # not gather, which would leave the others behind on an error
-            made = [episodes.create_task(self._one(task, number, index)) for index in missing]
-        rollouts = sorted([*kept, *(m.result() for m in made)], key=lambda r: r.id)
-        self._arrived.append(Group(number=number, rollouts=rollouts))
-        self._running.discard(asyncio.current_task())  # pyright: ignore[reportArgumentType]
+            made = [episodes.create_task(self._one(engine, group, index)) for index in missing]
+        group.rollouts = sorted([*group.kept, *(m.result() for m in made)], key=lambda r: r.id)
+        self._arrived.append(group)
+        del self._playing[group.number]
         await self._notify()
 
-    async def _one(self, task: Task, number: int, index: int) -> Rollout:
-        group = f"{self.name}/{number}"
+    async def _one(self, engine: Engine, group: Group, index: int) -> Rollout:
+        name, attempts = f"{self.name}/{group.number}", self._attempts[group.number]
         try:
-            for attempt in range(self.config.attempts):
-                rollout_id = f"{group}/{index}" + (f".{attempt}" if attempt else "")
+            for _ in range(self.config.attempts):
+                attempt = attempts[index]
+                attempts[index] += 1
+                rollout_id = f"{name}/{index}" + (f".{attempt}" if attempt else "")
                 seed = derive_seed(self.seed, rollout_id)
-                rollout = await self.run_rollout(self.engine, task, rollout_id, group, seed)
+                with waits.acting(rollout_id):
+                    rollout = await self.run_rollout(engine, group.task, rollout_id, name, seed)
                 self.journal.write(rollout)
                 if rollout.valid or rollout.stop is StopReason.CANCELLED:
                     break
                 self._counts["retries"] += 1
                 log.warning("%s: %s (%s)", rollout_id, rollout.stop, rollout.error and rollout.error.message)
+            self.books.rollout_done(group.number)
             return rollout  # pyright: ignore[reportPossiblyUnboundVariable]  # attempts > 0
         finally:
             if isinstance(self.engine, Lockstep):
                 self.engine.leave()
 
     async def _collect(self) -> None:
-        while True:
-            await self._until(lambda: bool(self._arrived), "a finished group")
-            group = self._arrived[0]
-            valid = [r for r in group.rollouts if r.valid]
-            if len(valid) >= max(1, self.config.group_size // 2):
-                group.samples = await asyncio.to_thread(self.credit, valid)
-                self._shelf.append(group)
-                self._accepted += 1
-                self._invalid_in_a_row = 0
-            else:
-                self._drop(group, "dropped_invalid")
-                self._invalid_in_a_row += 1
-                if self._invalid_in_a_row > self.config.max_invalid_groups:
-                    raise RuntimeError(_breaker(self.name, group, self._invalid_in_a_row))
-            self._arrived.remove(group)
-            await self._notify()
+        with waits.acting(f"{self.name}: collect"):
+            while True:
+                await self._until(lambda: bool(self._arrived), lambda: "a finished group")
+                group = self._arrived[0]
+                await self._judge(group, [r for r in group.rollouts if r.valid])
+                self._arrived.remove(group)
+                self._unseen.append(group)
+                await self._notify()
 
-    def _drop(self, group: Group, why: str) -> None:
-        self.finished.add(group.number)
+    async def _judge(self, group: Group, valid: Sequence[Rollout]) -> None:
+        if len(valid) < max(1, self._size(group.task) // 2):
+            self._drop(group.number, "dropped_invalid")
+            self._invalid_in_a_row += 1
+            if self._invalid_in_a_row > self.config.max_invalid_groups:
+                raise RuntimeError(breaker(self.name, group, self._invalid_in_a_row))
+            return
+        self._invalid_in_a_row = 0
+        with waits.waiting(f"the credit of group {group.number}"):
+            group.samples = await asyncio.to_thread(self.credit, valid)
+        if self.config.filter_silent and not group.samples:
+            self._drop(group.number, "filtered")
+        else:
+            self.books.shelve(group.number)
+
+    def _drop(self, number: int, why: str) -> None:
+        self.books.drop(number)
+        del self.groups[number]
+        self._finish(number)
         self._counts[why] += 1
 
-    def _staleness(self, group: Group) -> int:
-        versions = [r.oldest_version for r in group.rollouts if r.valid and r.oldest_version >= 0]
-        return max(0, self.trainer.version - min(versions, default=self.trainer.version))
+    def _finish(self, number: int) -> None:
+        self.finished.add(number)
+        self._attempts.pop(number, None)
 
     async def _learn(self) -> None:
         c = self.config
         while self.trainer.version < c.steps:
             started = time.monotonic()
-            await self._until(self._full, f"{c.groups_per_step} groups to train on")
-            self._shelf.sort(key=lambda g: g.number)
-            batch, self._shelf = self._shelf[: c.groups_per_step], self._shelf[c.groups_per_step :]
-            staleness = [self._staleness(g) for g in batch]
+            await self._until(self.books.ready, self._wanted)
+            batch, staleness = self._take()
             waited = time.monotonic() - started
             samples = [s for g in batch for s in g.samples]
             rollouts = sum(r.valid for g in batch for r in g.rollouts)
-            stats = await asyncio.to_thread(self.trainer.step, samples, rollouts)
+            with waits.waiting(f"a trainer step on {len(samples)} samples"):
+                stats = await asyncio.to_thread(self.trainer.step, samples, rollouts)
             stepped = time.monotonic() - started - waited
             self.trainer.version += 1
-            await self.engine.load(self.trainer.publish())
-            self.finished |= {g.number for g in batch}
-            stats |= {
-                "staleness_mean": sum(staleness) / len(staleness),
-                "staleness_max": max(staleness),
+            await self._load()
+            stats |= spread(staleness) | {
                 "time/wait_s": waited,
                 "time/step_s": stepped,
                 "time/publish_s": time.monotonic() - started - waited - stepped,
             }
             self.on_step(self.trainer.version, stats | {k: float(v) for k, v in self._counts.items()}, batch)
             if self.trainer.version % c.checkpoint_every == 0 or self.trainer.version == c.steps:
-                self.checkpoint(self._state())
+                self.checkpoint(self.state())
             await self._notify()
 
-    def _full(self) -> bool:
-        """Whether a batch is there, after throwing out what has grown too old (admission makes that rare)."""
-        for group in [g for g in self._shelf if self._staleness(g) > self.config.max_staleness]:
-            self._shelf.remove(group)
-            self._accepted -= 1
-            self._drop(group, "dropped_stale")
-        return len(self._shelf) >= self.config.groups_per_step
+    def _wanted(self) -> str:
+        """What the trainer waits for."""
+        due = self.books.due() if self.config.stragglers == "drain" and self.config.max_staleness else []
+        if due and len(self.books.shelf) >= self.config.groups_per_step:
+            return f"group {due[0]}, which must be trained before version {self.trainer.version + 1}"
+        return f"{self.config.groups_per_step} groups to train on"
 
+    def _take(self) -> tuple[list[Group], list[int]]:
+        """The groups of the next step, and the staleness of each."""
+        taken = self.books.take()
+        for number in taken.stale:
+            self._give_up(number, "stale")
+        for number in [n for n in self.books.due() if n in self._playing]:
+            self._playing.pop(number).cancel()
+            self.books.drop(number, useless=False)
+            self._give_up(number, "evicted")
+        batch = [self.groups[n] for n in sorted((*taken.batch, *taken.reused))]
+        for number in taken.batch:
+            self._finish(number)
+        self.groups = {n: g for n, g in self.groups.items() if n not in self.finished or n in self.books.spent}
+        return batch, [max(0, self.trainer.version - oldest_version(g)) for g in batch]
 
-def _index(rollout: Rollout) -> int:
-    """Place of the rollout in its group, whichever attempt it is."""
-    return int(rollout.id.rsplit("/", 1)[1].split(".")[0])
+    def _give_up(self, number: int, why: str) -> None:
+        """A group that is too old to be trained: its task starts again, on the newest version."""
+        self._tasks[number] = self.groups.pop(number).task
+        self._again.add(number)
+        self._counts[why] += 1
+
+    async def _load(self) -> None:
+        keep = self.books.resident() if self.config.versions == "pinned" and self.config.max_staleness else ()
+        version = self.trainer.version
+        with waits.waiting(f"the engine to take version {version}"):
+            await self.engine.load(self.trainer.publish(), keep)
+        self.books.published(version)
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     """The errors in a group of groups, in the order in which they came."""
     return [e for x in group.exceptions for e in (_leaves(x) if isinstance(x, BaseExceptionGroup) else [x])]
-
-
-def _breaker(name: str, group: Group, count: int) -> str:
-    errors = [f"{r.stop}: {r.error.message if r.error else 'no message'}" for r in group.rollouts if not r.valid]
-    return f"{name}: {count} groups in a row had too few valid rollouts; look at rollouts/ and at: {errors[0]}"

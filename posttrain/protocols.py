@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import Protocol, runtime_checkable
 
@@ -29,8 +29,10 @@ class Engine(Protocol):
         """Continue ``ids``. Raises EngineError if the engine died or the bound on the wait ran out."""
         ...
 
-    async def load(self, weights: Weights) -> None:
-        """Swap in ``weights``; returns when the next token will come from them."""
+    async def load(self, weights: Weights, keep: Collection[int] = ()) -> None:
+        """Make ``weights`` the newest version; returns when new requests will sample from it. Versions in ``keep`` stay
+        resident beside it, and requests pinned to one of them (``Sampling.version``) go on there; every other older
+        version is dropped, and requests that are not pinned go on under the new weights."""
         ...
 
     async def close(self) -> None:

@@ -45,6 +45,7 @@ class RunDir:
         self.results_file = self.path / "results.json"
         self.report_file = self.path / "report.html"
         self.log_file = self.path / "log.txt"
+        self.waits_file = self.path / "waits.json"
         self._ledger_file = self.path / "stages.json"
         self._lock = -1
 

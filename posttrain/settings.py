@@ -48,34 +48,9 @@ class LocalEngineConfig(Config):
     tokens in the end."""
     record_choices: bool = False
     """Completions carry what the model chose at every position, for ``trainer.replay_choices``."""
-
-
-class ClippedLoss(Config):
-    """Token-level GRPO with triplet clipping (LongCat-Flash-Thinking, arXiv 2509.18883, Eq. 4)."""
-
-    type: Literal["clipped"] = "clipped"
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """eps_neg_low: with A < 0 the ratio is trusted down to 1 - clip_low."""
-    clip_high: Annotated[float, Field(gt=0)] = 0.28
-    """eps_pos_high: with A > 0 the ratio is trusted up to 1 + clip_high."""
-    clip_negative: Annotated[float, Field(gt=1)] = 3.0
-    """eps_neg_high: an absolute bound on the ratio where A < 0."""
-    importance_cap: Annotated[float, Field(gt=0)] = 2.0
-    """C: the weight prox/mu between engine and trainer is cut here."""
-    constant_length: Annotated[int, Field(gt=0)] = 64
-    """T_max: the sum is divided by rollouts x T_max, whatever their lengths."""
-
-
-class DistillLoss(Config):
-    """Sampled-token multi-teacher on-policy distillation (MiMo-V2-Flash, arXiv 2601.02780, Eq. 5-9)."""
-
-    type: Literal["mopd"] = "mopd"
-    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
-    """The log-ratio to the teacher is cut to +- this."""
-    gate_low: Annotated[float, Field(gt=0)] = 0.5
-    """IcePop gate: a token with pi/mu below it carries no signal."""
-    gate_high: Annotated[float, Field(gt=0)] = 2.0
-    """IcePop gate: a token with pi/mu above it carries no signal."""
+    on_swap: Literal["keep", "recompute"] = "keep"
+    """When new weights come, running requests that are not pinned to a version keep the cache that older ones computed,
+    or have it computed anew, so that the next log-prob is the new policy's given the whole context."""
 
 
 class LoraConfig(Config):
@@ -178,6 +153,20 @@ class LoopConfig(Config):
     """Groups under way at once; the smallest that keeps the trainer busy is best."""
     max_staleness: Annotated[int, Field(ge=0)] = 2
     """K: versions between the oldest token of a rollout and the weights it trains. 0: synchronous, deterministic."""
+    versions: Literal["inflight", "pinned"] = "inflight"
+    """inflight: running rollouts go on under new weights, from one token to the next. pinned: a rollout ends under the
+    version that it began with, and up to K + 1 versions are served side by side."""
+    stragglers: Literal["drain", "evict"] = "drain"
+    """A group that could not be trained later while it is still running: drain waits for it, so that nothing is lost;
+    evict gives it up and starts it anew."""
+    filter_silent: bool = False
+    """Replace groups whose rollouts all scored the same: they carry no signal."""
+    reuse: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a batch that may be groups of earlier batches, trained once more while they are not too old."""
+    quotas: bool = False
+    """Keep the worlds' shares in what is trained, not only in what is started."""
+    tolerance: Annotated[float, Field(ge=0)] = 0.5
+    """With quotas: how much more than its share of a batch a world may have."""
     attempts: Annotated[int, Field(gt=0)] = 3
     """Tries for a rollout that infrastructure broke."""
     max_invalid_groups: Annotated[int, Field(gt=0)] = 8

@@ -5,37 +5,48 @@ Shapes: B sequences, T tokens, N trained tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from posttrain import determinism
+from posttrain import determinism, objective
 from posttrain.batch import Batch, pack
 from posttrain.errors import UserError
-from posttrain.loss import clipped_loss, distill_loss
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.model.layer import LayerReplay
 from posttrain.model.outputs import Longcat2CausalOutput
+from posttrain.objective import Extent, Tokens
+from posttrain.objective_settings import DistillLoss, LossConfig
 from posttrain.optim import make_optimizer
-from posttrain.settings import ClippedLoss, DistillLoss, TrainerConfig
+from posttrain.settings import TrainerConfig
 from posttrain.types import Sample, Weights
 from posttrain.weights import SHM, SharedWeights, state_of
 
 
-class Trainer:
-    """Owns the model being trained, its optimizer and the block through which the engine gets its weights."""
+class _Earlier(NamedTuple):
+    """Log-probs [N] of the tokens of a micro-batch under other weights than those being trained."""
 
-    def __init__(
-        self, model: PreTrainedModel, config: TrainerConfig, loss: ClippedLoss | DistillLoss, total_steps: int
-    ):
+    prox_N: Tensor | None = None
+    """Those at the start of the step; None: they are the ones being trained."""
+    reference_N: Tensor | None = None
+    """Those at the start of the stage; None: the objective does not use them."""
+
+
+class Trainer:
+    """Owns the model being trained, its optimizer and the block through which the engine gets its weights.
+
+    ``model`` is where the stage starts, also for a trainer that is then restored: the reference of ``loss.kl``."""
+
+    def __init__(self, model: PreTrainedModel, config: TrainerConfig, loss: LossConfig, total_steps: int):
         torch.set_num_threads(config.threads)
         if config.deterministic:
             determinism.enforce()
@@ -47,6 +58,10 @@ class Trainer:
         for name, parameter in model.named_parameters():
             if any(re.search(pattern, name) for pattern in config.freeze):
                 parameter.requires_grad_(False)
+        self._reference: nn.Module | None = None
+        if config.lora is None and not isinstance(loss, DistillLoss) and loss.kl:
+            frozen = copy.deepcopy(model).eval().requires_grad_(False)
+            self._reference = self.accelerator.prepare_model(frozen, evaluation_mode=True)
         trained: nn.Module = model
         if config.lora is not None:
             import peft
@@ -86,22 +101,42 @@ class Trainer:
             )
         size, replay = self.config.tokens_per_micro_batch, self.config.replay_choices
         groups = [pack(ordered[i::parts], size, replay) for i in range(parts)]
-        prox: list[list[Tensor | None]] = [[None] * len(g) for g in groups]
-        if parts > 1 and isinstance(self.loss, ClippedLoss):
-            prox = [[self._logprobs(b, False)[0] for b in g] for g in groups]
-        totals: dict[str, float] = {"tokens": 0.0}
+        # All of it before the first update: prox is the policy that the step starts with.
+        earlier = [[self._earlier(b) for b in g] for g in groups]
+        totals: dict[str, float] = {}
         norms: list[float] = []
-        for batches, proximal in zip(groups, prox, strict=True):
+        for batches, known in zip(groups, earlier, strict=True):
             if not batches:
                 continue
+            extent = Extent(num_rollouts / parts, sum(int(b.sampled_BT.sum()) for b in batches))
             real = sum(int(b.real_BT.sum()) for b in batches)
-            for batch, reference in zip(batches, proximal, strict=True):
-                self._accumulate(batch, reference, num_rollouts / parts, real, totals)
+            for batch, known_N in zip(batches, known, strict=True):
+                self._accumulate(batch, known_N, extent, real, totals)
             norms.append(self._update())
-        tokens = totals.pop("tokens")
-        means = {k: v / tokens for k, v in totals.items()}
-        rate = float(self.schedule.get_last_lr()[0])
-        return {**means, "tokens": tokens, "grad_norm": max(norms, default=0.0), "lr": rate}
+        tokens, rate = totals.get("tokens", 0.0), float(self.schedule.get_last_lr()[0])
+        return {
+            **objective.means(totals, len(norms)),
+            "tokens": tokens,
+            "grad_norm": max(norms, default=0.0),
+            "lr": rate,
+        }
+
+    def _earlier(self, batch: Batch) -> _Earlier:
+        if isinstance(self.loss, DistillLoss):
+            return _Earlier()
+        # With one update a batch, prox is the policy being trained, and its log-probs are at hand without a forward.
+        moves = self.config.updates_per_batch > 1 and self.loss.uses_prox
+        return _Earlier(
+            self._logprobs(batch, False)[0] if moves else None,
+            self._reference_logprobs(batch) if self.loss.kl else None,
+        )
+
+    def _reference_logprobs(self, batch: Batch) -> Tensor:
+        if self._reference is not None:
+            return self._logprobs(batch, False, self._reference)[0]
+        model: Any = self.accelerator.unwrap_model(self.model)
+        with model.disable_adapter():
+            return self._logprobs(batch, False)[0]
 
     def _update(self) -> float:
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm) or 0.0)
@@ -115,45 +150,45 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _accumulate(
-        self, batch: Batch, prox_N: Tensor | None, rollouts: float, real: int, totals: dict[str, float]
-    ) -> None:
+    def _accumulate(self, batch: Batch, earlier: _Earlier, extent: Extent, real: int, totals: dict[str, float]) -> None:
+        batch = batch.to(self.accelerator.device)
         pi_N, entropy_N, aux = self._logprobs(batch, True)
         mask_BT = batch.sampled_BT
-        mu_N = batch.behaviour_BT[mask_BT]
-        if isinstance(self.loss, ClippedLoss):
-            reference_N = pi_N.detach() if prox_N is None else prox_N
-            total, stats = clipped_loss(pi_N, reference_N, mu_N, batch.advantages_BT[mask_BT], self.loss)
-            total = total / (rollouts * self.loss.constant_length)
-        else:
-            if batch.teacher_BT is None:
-                raise ValueError("the distillation loss needs teacher log-probs in every sample")
-            share_BT = (1.0 / mask_BT.sum(1, keepdim=True).clamp_min(1)).expand_as(mask_BT)
-            total, stats = distill_loss(pi_N, mu_N, batch.teacher_BT[mask_BT], share_BT[mask_BT], self.loss)
-            total = total / rollouts
+        tokens = Tokens(
+            pi_N=pi_N,
+            prox_N=pi_N.detach() if earlier.prox_N is None else earlier.prox_N,
+            mu_N=batch.behaviour_BT[mask_BT],
+            advantage_N=batch.advantages_BT[mask_BT],
+            row_N=mask_BT.nonzero()[:, 0],
+            entropy_N=entropy_N,
+            reference_N=earlier.reference_N,
+            teacher_N=None if batch.teacher_BT is None else batch.teacher_BT[mask_BT],
+        )
+        total, stats = objective.loss(tokens, self.loss, extent)
         if aux is not None:
             total = total + aux * (batch.real_BT.sum().item() / real)
-            totals["aux_loss"] = totals.get("aux_loss", 0.0) + aux.item() * len(pi_N)
+            stats["aux_loss"] = aux.item() * len(pi_N)
         self.accelerator.backward(total)
-        stats |= {"entropy": entropy_N.sum().item(), "gap_abs": (pi_N.detach() - mu_N).abs().sum().item()}
-        totals["tokens"] += len(pi_N)
         for key, value in stats.items():
             totals[key] = totals.get(key, 0.0) + value
 
-    def _logprobs(self, batch: Batch, with_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _logprobs(
+        self, batch: Batch, with_grad: bool, model: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probs and entropies ``[N]`` of the sampled tokens, row by row; and the model's auxiliary loss, a mean
-        over real tokens, if it has one."""
+        over real tokens, if it has one. ``model``: another than the one being trained."""
         batch = batch.to(self.accelerator.device)
         # Padding is at the right, where causality hides it; our model is told of it for its expert load alone.
         extra: dict[str, Any] = {}
         if isinstance(self.base, Longcat2ForCausalLM):
             extra = {"attention_mask": batch.real_BT, "replay": _replay(batch)}
         with torch.set_grad_enabled(with_grad):
-            out = self.model(input_ids=batch.ids_BT, use_cache=False, **extra)
+            out = (model or self.model)(input_ids=batch.ids_BT, use_cache=False, **extra)
             logits_BTV = out.logits
             logp_NV = torch.log_softmax(logits_BTV[:, :-1][batch.sampled_BT[:, 1:]].float(), dim=-1)
             pi_N = logp_NV.gather(1, batch.ids_BT[:, 1:][batch.sampled_BT[:, 1:]][:, None])[:, 0]
-        with torch.no_grad():
+        learns_entropy = not isinstance(self.loss, DistillLoss) and self.loss.entropy > 0
+        with torch.set_grad_enabled(with_grad and learns_entropy):
             entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
         return pi_N, entropy_N, out.aux_loss if isinstance(out, Longcat2CausalOutput) else None
 

@@ -112,6 +112,8 @@ class Task:
     """Bounds on the episode."""
     difficulty: float = 0.0
     """The generator's own measure, for example the number of hops."""
+    rollouts: int | None = None
+    """Of a group that works on it; None: as many as the stage makes of every group."""
     data: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Private to the world and its grader (JSON values): never shown to the model."""
 
@@ -126,6 +128,8 @@ class Sampling:
     """Token ids that end the completion (and are part of it)."""
     seed: int = 0
     """Seeds this request alone: its random numbers do not depend on who shares its batch."""
+    version: int | None = None
+    """The resident version that samples all of it; None: the newest, and after a swap the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,3 +29,39 @@ def test_ablations(tmp_path: Path) -> None:
     assert len(figures) == 2 * 10
     assert all(steps > 0 and 0 < loss < 10 and 0 <= routed <= 2 for steps, loss, *_, routed in figures)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_against_trl() -> None:
+    small = "--groups 2 --size 4 --prompt 8 --tokens 8 --steps 6 --warmup 2 --latencies 0,0.1 --no-check"
+    command = [sys.executable, str(ROOT / "benchmarks/against_trl.py"), *small.split()]
+    run = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stderr
+    # Latency, trainer, tokens/s, seconds a step, staleness, its maximum, percent of waiting, lost groups.
+    lines = re.findall(r"│ +(\S+) │ (.+?) +│ +(\d+) │ +(\S+) │ +(\S+) │ +(\d+) │ +(\d+)% │ +(\d+) │", run.stdout)
+    trainers = ["GRPOTrainer", "ours", "AsyncGRPOTrainer", "ours, K = 0"]
+    assert [(latency, trainer) for latency, trainer, *_ in lines] == [(at, t) for at in ("0", "0.1") for t in trainers]
+    for latency, trainer, speed, step, mean, most, waits, _ in lines:
+        assert float(speed) > 0 and float(step) > float(latency) * (trainer in ("GRPOTrainer", "ours, K = 0"))
+        assert 0 <= float(mean) <= int(most) <= (0 if trainer in ("GRPOTrainer", "ours, K = 0") else 4)
+        assert 0 <= int(waits) <= 100
+    assert len(re.findall(r"^latency \S+: ours.* / \w*GRPOTrainer = \d+\.\d\d \(bar [32]\)$", run.stdout, re.M)) == 2
+
+
+@pytest.mark.slow
+def test_slow_domain() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/slow_domain.py"), "--seeds", "0", "--steps", "9"]
+    run = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode in (0, 1) and not run.stderr, run.stderr
+    rows = re.findall(r"│ (on|off) +│ (balanced|slow) +│ (\S+) +│ (\S+) +│ (\S+) +│ (\S+) +│ +(\d+) of 12", run.stdout)
+    assert [row[:2] for row in rows] == [("on", "balanced"), ("on", "slow"), ("off", "balanced"), ("off", "slow")]
+    for idle, *shares in [[float(x) for x in row[2:6]] for row in rows]:
+        assert 0 < idle < 1 and abs(sum(shares) - 1) < 0.01
+    assert len(re.findall(r"slow over balanced, quotas (?:on|off): \d+\.\d\d", run.stdout)) == 2
+    # What is slow has to be seen to be slow: its median episode is the longest of its row.
+    seconds = re.findall(r"│ slow .* │ ([\d.]+), ([\d.]+), ([\d.]+) +│", run.stdout)
+    assert len(seconds) == 2 and all(float(row[2]) > max(float(row[0]), float(row[1])) for row in seconds)

@@ -14,6 +14,7 @@ from envs.worlds.requests import Requests, RequestsConfig
 from envs.worlds.rules import Rules, RulesConfig
 from envs.worlds.search import Search, SearchConfig
 from envs.worlds.terminal import Terminal, TerminalConfig
+from envs.worlds.verify import Verify, VerifyConfig
 from envs.worlds.work import Work, WorkConfig
 from posttrain.protocols import World
 
@@ -26,6 +27,7 @@ AnyWorldConfig = (
     | RulesConfig
     | SearchConfig
     | TerminalConfig
+    | VerifyConfig
     | WorkConfig
 )
 WorldConfig = Annotated[AnyWorldConfig, Field(discriminator="type")]
@@ -51,6 +53,8 @@ def make_world(config: AnyWorldConfig, name: str) -> World:
             return Search(config, name)
         case TerminalConfig():
             return Terminal(config, name)
+        case VerifyConfig():
+            return Verify(config, name)
         case WorkConfig():
             return Work(config, name)
 
@@ -64,6 +68,7 @@ __all__ = [
     "RulesConfig",
     "SearchConfig",
     "TerminalConfig",
+    "VerifyConfig",
     "WorkConfig",
     "WorldConfig",
     "make_world",

@@ -184,6 +184,11 @@ class ScriptedWorld(ABC):
         self.name = name
         self.habit = habit
 
+    @property
+    def split_kind(self) -> str:
+        """What the splits hang on."""
+        return self.kind
+
     @abstractmethod
     def draft(self, rng: Random) -> Draft | None:
         """One random content, or None if this draw is no task."""
@@ -213,13 +218,14 @@ class ScriptedWorld(ABC):
             if draws > 200 * n + 10_000:
                 raise ConfigError(f"{self.name} has about {len(found)} tasks for {split}, not {n}: ask for fewer")
             draft = self.draft(rng)
-            if draft is None or draft.content in seen or bucket(self.kind, draft.key) not in SPLITS[split]:
+            if draft is None or draft.content in seen or bucket(self.split_kind, draft.key) not in SPLITS[split]:
                 continue
             seen.add(draft.content)
-            found.append(self._task(f"{self.name}/{split}/{len(found):06d}", draft))
+            found.append(self.make_task(f"{self.name}/{split}/{len(found):06d}", draft))
         return found
 
-    def _task(self, task_id: str, draft: Draft) -> Task:
+    def make_task(self, task_id: str, draft: Draft) -> Task:
+        """The task that ``draft`` describes."""
         return Task(
             id=task_id,
             domain=self.domain,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.engine import worker
 from posttrain.engine.speculative import DraftCounts
@@ -30,6 +30,7 @@ class LocalEngine:
         self._outbox: list[worker.Request] = []
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._counts = DraftCounts()
+        self._resident: tuple[int, ...] = (0,)
         self._closed = False
         self._end = "the engine is closed"
         asyncio.get_running_loop().add_reader(pipe.fileno(), self._receive)
@@ -45,12 +46,13 @@ class LocalEngine:
         timeout_s: float = 300.0,
         draft_steps: int = 0,
         record_choices: bool = False,
+        on_swap: Literal["keep", "recompute"] = "keep",
     ) -> LocalEngine:
         """Load the model in ``folder`` in a new process; see ``LocalEngineConfig`` for what it can be told.
         ``timeout_s`` bounds every later wait for an answer. Raises UserError if the model cannot do what is asked."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        args = (there, str(folder), slots, max_context, threads, draft_steps, record_choices)
+        args = (there, str(folder), slots, max_context, threads, draft_steps, record_choices, on_swap)
         process = context.Process(target=worker.main, args=args, daemon=True, name="engine")
         process.start()
         there.close()
@@ -74,16 +76,22 @@ class LocalEngine:
         self._outbox.append(worker.Request(id=key, ids=tuple(ids), sampling=sampling))
         return await self._wait(future, f"a completion of at most {sampling.max_tokens} tokens", key)
 
-    async def load(self, weights: Weights) -> None:
-        """See the protocol. Taken between two tokens; running requests go on under the new weights."""
+    async def load(self, weights: Weights, keep: Collection[int] = ()) -> None:
+        """See the protocol. Taken between two tokens. What is not resident cannot be kept, nor an earlier version of
+        the same number. The memory is that of one model a version."""
         key = next(self._keys)
         future = self._expect(key)
-        self._send(("load", key, weights))
+        self._send(("load", key, weights, frozenset(keep)))
         await self._wait(future, f"the engine to load version {weights.version}", key)
 
     def stats(self) -> DraftCounts:
         """What came of drafts, up to the last completion that arrived."""
         return self._counts
+
+    def resident(self) -> tuple[int, ...]:
+        """Versions that a request can be pinned to, in the order in which they were loaded. 0 is the model of the
+        folder."""
+        return self._resident
 
     async def close(self) -> None:
         """See the protocol."""
@@ -137,17 +145,24 @@ class LocalEngine:
                 elif kind == "refused":
                     self._ready.set_exception(UserError(rest[0]))
                 elif kind == "loaded":
-                    self._resolve(rest[0], None)
+                    key, self._resident = rest
+                    self._resolve(key, None)
                 else:
-                    completions, self._counts = rest
+                    completions, failures, self._counts = rest
                     for key, completion in completions:
                         self._resolve(key, completion)
+                    for key, text in failures:
+                        self._resolve(key, EngineError(text))
         except (EOFError, OSError):
             self._died()
 
     def _resolve(self, key: int, value: Any) -> None:
         future = self._waiting.get(key)
-        if future is not None and not future.done():
+        if future is None or future.done():
+            return
+        if isinstance(value, EngineError):
+            future.set_exception(value)
+        else:
             future.set_result(value)
 
     def _died(self) -> None:

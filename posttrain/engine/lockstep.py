@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from posttrain.protocols import Engine
 from posttrain.types import Completion, Sampling, Weights
@@ -43,9 +43,9 @@ class Lockstep:
         await future  # bounded by the loop's own waits: every seat either asks or leaves
         return await self._engine.generate(ids, sampling)
 
-    async def load(self, weights: Weights) -> None:
+    async def load(self, weights: Weights, keep: Collection[int] = ()) -> None:
         """See the protocol."""
-        await self._engine.load(weights)
+        await self._engine.load(weights, keep)
 
     async def close(self) -> None:
         """See the protocol."""

@@ -33,7 +33,7 @@ class Slot:
     """Every token whose keys are in the cache, plus the one sampled last."""
     request: Request | None = None
     version: int = -1
-    """Weights that computed the row; -1 after it was continued under newer ones."""
+    """The resident version that computed the row; -1: it was dropped, or the row goes on under a newer one."""
     freed_at: int = 0
     uniforms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     logprobs: list[float] = field(default_factory=list)

@@ -54,37 +54,38 @@ class DraftCounts:
 
 
 class Drafter:
-    """Proposes tokens, and keeps the draft block's part of the cache. Raises ValueError for a model without one."""
+    """Proposes tokens, and keeps the draft block's part of the cache. Raises ValueError for a model without one.
+    ``model`` is the version that serves the slots."""
 
-    def __init__(self, model: Any, cache: SlotCache, steps: int) -> None:
-        there = getattr(model.config, "mtp_num_layers", None) or 0
+    def __init__(self, config: Any, cache: SlotCache, steps: int) -> None:
+        there = getattr(config, "mtp_num_layers", None) or 0
         if steps > there:
             raise ValueError(
                 f"engine.draft_steps: {steps}, but this model drafts {there} tokens at the most (its mtp_num_layers): "
                 f"set engine.draft_steps to {there}, or train a model with a larger mtp_num_layers"
             )
-        self.model, self.cache, self.steps = model, cache, steps
+        self.cache, self.steps = cache, steps
         self.counts = DraftCounts(proposed=[0] * steps, accepted=[0] * steps)
 
     def room(self, slot: Slot) -> int:
         """Drafts worth making for a slot; the last token of a request is the policy's own."""
         return min(self.steps, slot.room - 1) if slot.request is not None else 0
 
-    def prefill(self, slots: Sequence[Slot], states: Sequence[Tensor], end: int) -> None:
-        """Draft keys of prompts that the model has just read, up to the last column, whose key needs the next token.
-        ``states`` [n, H] are those of each slot's new columns."""
+    def prefill(self, model: Any, slots: Sequence[Slot], states: Sequence[Tensor], ends: Sequence[int]) -> None:
+        """Draft keys of what the model has just read of each slot, up to column ``end``, whose key needs the next token
+        and waits. ``states`` [n, H] are those of the columns before it that are new."""
         known = [torch.cat((slot.states, new)) for slot, new in zip(slots, states, strict=True)]
         for slot, state_nH in zip(slots, known, strict=True):
             slot.states = state_nH[-1:].clone()  # not a view, which would keep them all
-        tokens = [slot.context[len(slot.context) - len(state) + 1 :] for slot, state in zip(slots, known, strict=True)]
+        starts = [end - len(state) for end, state in zip(ends, known, strict=True)]
+        tokens = [slot.context[start + 1 : end] for slot, start, end in zip(slots, starts, ends, strict=True)]
         if not any(tokens):
             return
-        starts = [len(slot.context) - len(state) for slot, state in zip(slots, known, strict=True)]
-        rows = lay_out(self.cache, slots, tokens, starts, end)
+        rows = lay_out(self.cache, slots, tokens, starts, max(ends))
         hidden_BTH = pad_sequence(known, batch_first=True)[:, : rows.ids_BT.shape[1]]
-        self.model.draft(hidden_BTH, rows.ids_BT, rows.mask_B1TS, rows.positions_BT, self.cache)
+        model.draft(hidden_BTH, rows.ids_BT, rows.mask_B1TS, rows.positions_BT, self.cache)
 
-    def propose(self, slots: Sequence[Slot]) -> list[list[int]]:
+    def propose(self, model: Any, slots: Sequence[Slot]) -> list[list[int]]:
         """Drafts for each slot, none where there is no room."""
         counts, drafts = [self.room(s) for s in slots], [list[int]() for _ in slots]
         if not any(counts):
@@ -97,7 +98,7 @@ class Drafter:
         every_B = torch.arange(len(slots))
         for step in range(max(counts)):
             rows = lay_out(self.cache, slots, tokens, starts, end)
-            logits_BTV, drafted = self.model.draft(
+            logits_BTV, drafted = model.draft(
                 hidden_BTH, rows.ids_BT, rows.mask_B1TS, rows.positions_BT, self.cache, columns_BTK
             )
             asked = [row for row, n in enumerate(counts) if n > step]

@@ -20,4 +20,5 @@ async def start_engine(config: LocalEngineConfig, folder: Path) -> LocalEngine:
                 timeout_s=config.timeout_s,
                 draft_steps=config.draft_steps,
                 record_choices=config.record_choices,
+                on_swap=config.on_swap,
             )

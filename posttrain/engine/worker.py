@@ -1,10 +1,10 @@
-"""The process behind ``LocalEngine``: one model, many requests, one forward a token for all of them (or a few tokens,
-with drafts: see ``speculative``).
+"""The process behind ``LocalEngine``: many requests, and one forward a token for all of them that the same version of
+the model samples (or a few tokens, with drafts: see ``speculative``).
 
 A request gets a slot of the cache and keeps it until it ends. A slot that is free still holds what it computed, so the
 next turn of a conversation continues where its last one stopped (same weights only), and rollouts of one prompt share
-one prefill. New weights are taken between two tokens; running requests go on with the cache they have, and every token
-is stamped with the version that sampled it.
+one prefill. New weights are taken between two tokens; running requests that are not pinned go on under them, with the
+cache that they have or with one that is computed anew, and every token is stamped with the version that sampled it.
 
 Shapes: B rows in a forward, N tokens drawn from one, V vocabulary.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from posttrain.engine.cache import SlotCache
 from posttrain.engine.recorder import Recorder
+from posttrain.engine.resident import Resident
 from posttrain.engine.sampling import draw
 from posttrain.engine.slots import Request, Slot, lay_out
 from posttrain.engine.speculative import DraftCounts, Drafter
@@ -38,7 +39,13 @@ class Scheduler:
     """Continuous batching over a ``SlotCache``. Deterministic: the same calls give the same tokens."""
 
     def __init__(
-        self, model: Any, num_slots: int, max_context: int, draft_steps: int = 0, record_choices: bool = False
+        self,
+        model: Any,
+        num_slots: int,
+        max_context: int,
+        draft_steps: int = 0,
+        record_choices: bool = False,
+        on_swap: Literal["keep", "recompute"] = "keep",
     ) -> None:
         window = getattr(model.config, "sliding_window", None)
         if window is not None and window < max_context:
@@ -49,16 +56,16 @@ class Scheduler:
                 f"engine.max_context: {max_context}, but from {pages} tokens on (hi_min_tokens) this model's prefills "
                 "choose by pages, and this engine does not: lower the one, or set the model's use_hi to false"
             )
-        self.model, self.max_context = model.eval(), max_context
+        self.resident, self.max_context, self.on_swap = Resident(model), max_context, on_swap
         self.cache = SlotCache(num_slots, max_context)
-        self.drafter = Drafter(model, self.cache, draft_steps) if draft_steps else None
+        self.drafter = Drafter(model.config, self.cache, draft_steps) if draft_steps else None
         self.recorder = Recorder(model.config, self.cache) if record_choices else None
         self.slots = [Slot(index=i) for i in range(num_slots)]
         self.free = list(self.slots)
         self.pending: deque[Request] = deque()
-        self.version = 0
         self.clock = 0
         self.done: list[tuple[int, Completion]] = []
+        self.failed: list[tuple[int, str]] = []
 
     @property
     def busy(self) -> bool:
@@ -70,21 +77,78 @@ class Scheduler:
         """What came of drafts so far."""
         return self.drafter.counts if self.drafter is not None else DraftCounts()
 
-    def set_version(self, version: int) -> None:
-        """The weights have changed: what was computed is not continued by new requests."""
-        self.version = version
+    @property
+    def model(self) -> Any:
+        """The newest version."""
+        return self.resident[self.resident.newest]
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue them. Those that are pinned to a version that is not resident land in ``failed``."""
+        for request in requests:
+            version = request.sampling.version
+            if version is None or version in self.resident:
+                self.pending.append(request)
+            else:
+                self.failed.append((request.id, f"version {version} is not resident in the engine: {self.resident}"))
+
+    def set_version(self, version: int, keep: Collection[int] = ()) -> Any:
+        """Make ``version`` the newest, see ``Engine.load``. Returns its model, into which the caller reads the weights
+        before the next step. What other weights computed is not continued by new requests, and requests pinned to a
+        version that is dropped land in ``failed``."""
+        before = set(self.resident)
+        model = self.resident.replace(version, keep)
+        dropped = {v for v in before if v not in self.resident or v == version}
         for slot in self.slots:
-            slot.version = -1
-        for slot in self.free:
-            slot.freed_at = 0  # who takes which row must not depend on earlier weights: a resumed run has not seen them
+            pinned = slot.request is not None and slot.request.sampling.version is not None
+            if slot.version in dropped or (slot.request is not None and not pinned):
+                slot.version = -1
+            if slot.request is None and slot.version < 0:
+                # Who takes which row must not depend on earlier weights: a resumed run has not seen them.
+                slot.freed_at = 0
+        self._fail(dropped)
+        return model
+
+    def _fail(self, dropped: Collection[int]) -> None:
+        """End whatever is pinned to a version that was dropped, in a slot or in the queue."""
+        for slot in self.slots:
+            if slot.request is not None and slot.request.sampling.version in dropped:
+                self._refuse(slot.request)
+                slot.request, slot.freed_at = None, 0
+                self.free.append(slot)
+        for request in self.pending:
+            if request.sampling.version in dropped:
+                self._refuse(request)
+        self.pending = deque(r for r in self.pending if r.sampling.version not in dropped)
+
+    def _refuse(self, request: Request) -> None:
+        version = request.sampling.version
+        self.failed.append((request.id, f"version {version} was dropped before its request ended: {self.resident}"))
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admit what fits, then one forward for everything that runs. Finished requests land in ``done``."""
+        """Admit what fits, then one forward for everything that runs on the same version. Finished requests land in
+        ``done``."""
+        if self.on_swap == "recompute":
+            self._recompute([s for s in self.slots if s.request is not None and s.version < 0])
         self._admit()
-        running = [s for s in self.slots if s.request is not None]
-        if running:
-            self._decode(running)
+        running: dict[int, list[Slot]] = {}
+        for slot in self.slots:
+            if slot.request is not None:
+                running.setdefault(self._serving(slot.request), []).append(slot)
+        for version in sorted(running):
+            self._decode(self.resident[version], running[version], alone=len(running) == 1)
+
+    def _serving(self, request: Request) -> int:
+        pinned = request.sampling.version
+        return self.resident.newest if pinned is None else pinned
+
+    def _recompute(self, slots: Sequence[Slot]) -> None:
+        """Compute anew, under the newest weights, what older ones computed. All but the token sampled last, which the
+        next forward reads."""
+        for slot in slots:
+            slot.states, slot.version = slot.states[:0], self.resident.newest
+        for chunk in _chunks([(s, len(s.context) - 1) for s in slots]):
+            self._read_columns(chunk, [0] * len(chunk), [len(s.context) - 1 for s in chunk])
 
     def _admit(self) -> None:
         batch: list[tuple[Slot, int]] = []
@@ -96,25 +160,26 @@ class Scheduler:
             slot, known = self._choose(request)
             self._start(slot, request, known)
             batch.append((slot, known))
-        leaders: dict[tuple[int, ...], Slot] = {}
+        leaders: dict[tuple[int, tuple[int, ...]], Slot] = {}
         followers: list[tuple[Slot, Slot]] = []
-        work: list[tuple[Slot, int]] = []
+        work: dict[int, list[tuple[Slot, int]]] = {}
         for slot, known in batch:
-            ids = tuple(slot.context)
-            if known == 0 and ids in leaders:
-                followers.append((slot, leaders[ids]))
+            same = slot.version, tuple(slot.context)
+            if known == 0 and same in leaders:
+                followers.append((slot, leaders[same]))
                 continue
             if known == 0:
-                leaders[ids] = slot
-            work.append((slot, known))
-        self._prefill(work, followers)
+                leaders[same] = slot
+            work.setdefault(slot.version, []).append((slot, known))
+        for version in sorted(work):
+            self._prefill(work[version], followers)
 
     def _choose(self, request: Request) -> tuple[Slot, int]:
         """The free slot that already holds the longest beginning of the request, else the one freed longest ago."""
-        best, known = None, 0
+        best, known, version = None, 0, self._serving(request)
         for slot in self.free:
             n = len(slot.context) - 1
-            fits = slot.version == self.version and known < n < len(request.ids)
+            fits = slot.version == version and known < n < len(request.ids)
             if fits and tuple(slot.context[:n]) == request.ids[:n]:
                 best, known = slot, n
         slot = best or min(self.free, key=lambda s: (s.freed_at, s.index))
@@ -124,7 +189,7 @@ class Scheduler:
     def _start(self, slot: Slot, request: Request, known: int) -> None:
         if not known:
             slot.states = slot.states[:0]
-        slot.context, slot.request, slot.version = list(request.ids), request, self.version
+        slot.context, slot.request, slot.version = list(request.ids), request, self._serving(request)
         slot.logprobs, slot.versions = [], []
         room = min(request.sampling.max_tokens, self.max_context - len(request.ids))
         slot.uniforms = np.random.Generator(np.random.PCG64(request.sampling.seed)).random(room)
@@ -133,18 +198,11 @@ class Scheduler:
         by_leader: dict[int, list[Slot]] = {}
         for follower, leader in followers:
             by_leader.setdefault(leader.index, []).append(follower)
-        # Similar lengths together, so that little is padded.
-        order = sorted(work, key=lambda w: (len(w[0].context) - w[1], w[0].index))
-        while order:
-            count = 1
-            while (
-                count < len(order) and (count + 1) * (len(order[count][0].context) - order[count][1]) <= _PREFILL_TOKENS
-            ):
-                count += 1
-            chunk, order = order[:count], order[count:]
-            slots, rows = [s for s, _ in chunk], list(range(len(chunk)))
-            logits_BV = self._read_prompts(slots, [known for _, known in chunk])
-            for row, (leader, _) in enumerate(chunk):
+        known = {slot.index: known for slot, known in work}
+        for chunk in _chunks([(slot, len(slot.context) - n) for slot, n in work]):
+            slots, rows = list(chunk), list(range(len(chunk)))
+            logits_BV = self._read_columns(chunk, [known[s.index] for s in chunk], [len(s.context) for s in chunk])
+            for row, leader in enumerate(chunk):
                 copies = by_leader.get(leader.index, [])
                 if copies:
                     self._share(leader, copies)
@@ -152,14 +210,16 @@ class Scheduler:
                     rows += [row] * len(copies)
             self._sample(slots, [[]] * len(slots), logits_BV[rows])
 
-    def _read_prompts(self, slots: Sequence[Slot], known: Sequence[int]) -> Tensor:
-        """Logits ``[B, V]`` after the contexts, whose first columns are known."""
-        tokens = [s.context[k:] for s, k in zip(slots, known, strict=True)]
-        out = self._forward(slots, tokens, known)
+    def _read_columns(self, slots: Sequence[Slot], known: Sequence[int], ends: Sequence[int]) -> Tensor:
+        """Logits ``[B, V]`` after the columns before ``ends`` of contexts whose first columns are ``known``, by the one
+        version that the slots have in common."""
+        model = self.resident[slots[0].version]
+        tokens = [s.context[k:e] for s, k, e in zip(slots, known, ends, strict=True)]
+        out = self._forward(model, slots, tokens, known)
         every_B, last_B = torch.arange(len(slots)), torch.tensor([len(t) - 1 for t in tokens])
         if self.drafter is not None:
             states = [out.last_hidden_state[row, : len(t)] for row, t in enumerate(tokens)]
-            self.drafter.prefill(slots, states, max(len(s.context) for s in slots))
+            self.drafter.prefill(model, slots, states, ends)
         return out.logits[every_B, last_B].float()
 
     def _share(self, leader: Slot, copies: Sequence[Slot]) -> None:
@@ -171,13 +231,14 @@ class Scheduler:
         for slot in copies:
             slot.states = leader.states
 
-    def _decode(self, running: Sequence[Slot]) -> None:
+    def _decode(self, model: Any, running: Sequence[Slot], alone: bool) -> None:
+        """One round for the slots that ``model`` serves; ``alone``: no other version serves any."""
         count = running[-1].index + 1
         # Rows 0..count-1 as they lie; idle ones among them compute into the trash column and are ignored.
-        slots = self.slots[:count] if count <= 2 * len(running) else running
-        drafts = self.drafter.propose(slots) if self.drafter is not None else [[]] * len(slots)
+        slots = self.slots[:count] if alone and count <= 2 * len(running) else running
+        drafts = self.drafter.propose(model, slots) if self.drafter is not None else [[]] * len(slots)
         tokens = [[s.context[-1], *d] if s.request is not None else [] for s, d in zip(slots, drafts, strict=True)]
-        out = self._forward(slots, tokens, [len(s.context) - 1 for s in slots])
+        out = self._forward(model, slots, tokens, [len(s.context) - 1 for s in slots])
         rows = [row for row, slot in enumerate(slots) if slot.request is not None]
         drafts = [drafts[row] for row in rows]
         places = [(row, place) for row, draft in zip(rows, drafts, strict=True) for place in range(len(draft) + 1)]
@@ -187,10 +248,12 @@ class Scheduler:
             for slot, row, draft, taken in zip(running, rows, drafts, sampled, strict=True):
                 self.drafter.judged(slot, draft, out.last_hidden_state[row], taken)
 
-    def _forward(self, slots: Sequence[Slot], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Any:
+    def _forward(
+        self, model: Any, slots: Sequence[Slot], tokens: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> Any:
         """The model's output for ``tokens`` at the columns from ``starts`` on; a slot without tokens is idle."""
         rows = lay_out(self.cache, slots, tokens, starts)
-        out = self.model(
+        out = model(
             input_ids=rows.ids_BT,
             attention_mask=rows.mask_B1TS,
             position_ids=rows.positions_BT,
@@ -227,7 +290,7 @@ class Scheduler:
             taken.append(token)
             slot.context.append(token)
             slot.logprobs.append(logprob)
-            slot.versions.append(self.version)
+            slot.versions.append(self._serving(request))
             if token in request.sampling.stop_ids:
                 self._finish(slot, request, "stop")
                 break
@@ -250,6 +313,18 @@ class Scheduler:
         self.free.append(slot)
 
 
+def _chunks(work: Sequence[tuple[Slot, int]]) -> Iterator[list[Slot]]:
+    """Slots with as many tokens to read, in forwards of bounded size; similar lengths together, so that little is
+    padded."""
+    order = sorted(work, key=lambda w: (w[1], w[0].index))
+    while order:
+        count = 1
+        while count < len(order) and (count + 1) * order[count][1] <= _PREFILL_TOKENS:
+            count += 1
+        yield [slot for slot, _ in order[:count]]
+        order = order[count:]
+
+
 def load_model(folder: str) -> nn.Module:
     """Any causal LM in a Hugging Face folder, ours included."""
     from posttrain.model.checkpoint import load_any
@@ -266,6 +341,13 @@ def _read(pipe: Connection, inbox: SimpleQueue[tuple[Any, ...]]) -> None:
         inbox.put(("close",))
 
 
+def _report(scheduler: Scheduler, pipe: Connection) -> None:
+    """Send what has ended, and forget it."""
+    if scheduler.done or scheduler.failed:
+        pipe.send(("ended", scheduler.done, scheduler.failed, scheduler.counts))
+        scheduler.done, scheduler.failed = [], []
+
+
 def main(
     pipe: Connection,
     folder: str,
@@ -274,12 +356,13 @@ def main(
     threads: int,
     draft_steps: int = 0,
     record_choices: bool = False,
+    on_swap: Literal["keep", "recompute"] = "keep",
 ) -> None:
     """Serve requests from ``pipe`` until it closes. A closed pipe means that the owner is gone, however it went."""
     torch.set_num_threads(threads)
     model = load_model(folder)
     try:
-        scheduler = Scheduler(model, num_slots, max_context, draft_steps, record_choices)
+        scheduler = Scheduler(model, num_slots, max_context, draft_steps, record_choices, on_swap)
     except ValueError as error:
         pipe.send(("refused", str(error)))
         return
@@ -291,17 +374,15 @@ def main(
             while not scheduler.busy or not inbox.empty():
                 kind, *rest = inbox.get()
                 if kind == "generate":
-                    scheduler.pending.extend(rest[0])
+                    scheduler.submit(rest[0])
                 elif kind == "load":
-                    key, weights = rest
-                    read_into(scheduler.model, weights.where)
-                    scheduler.set_version(weights.version)
-                    pipe.send(("loaded", key))
+                    key, weights, keep = rest
+                    read_into(scheduler.set_version(weights.version, keep), weights.where)
+                    pipe.send(("loaded", key, tuple(scheduler.resident)))
                 elif kind == "close":
                     return
+                _report(scheduler, pipe)
             scheduler.step()
-            if scheduler.done:
-                pipe.send(("done", scheduler.done, scheduler.counts))
-                scheduler.done = []
+            _report(scheduler, pipe)
     except (ConnectionError, KeyboardInterrupt):
         return

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from tests.posttrain.tiny import VOCAB, all_logprobs, make_ids, make_model, next
 SLOTS, MAX_CONTEXT = 8, 240
 TOLERANCE = 1e-4
 
+T = TypeVar("T")
 Start = Callable[[Path], Coroutine[Any, Any, Engine]]
 
 
@@ -53,6 +55,7 @@ class Bench:
     """An engine, and the weights that it has now."""
 
     runner: asyncio.Runner
+    start: Start
     engine: Engine
     kind: str
     folder: Path
@@ -74,6 +77,39 @@ class Bench:
         self.runner.run(self.engine.load(Weights(version=self.version + 1, where=where)))
         self.model, self.version = model, self.version + 1
 
+    async def take(self, model: PreTrainedModel, keep: Collection[int] = ()) -> int:
+        """The same while others wait for the engine. Returns the version."""
+        with published(model) as where:
+            await self.engine.load(Weights(version=self.version + 1, where=where), keep)
+        self.model, self.version = model, self.version + 1
+        return self.version
+
+    def another(self) -> PreTrainedModel:
+        """A model that no version had."""
+        return model_of(self.kind, seed=self.version + 10)
+
+    def alone(self, model: PreTrainedModel, folder: Path, use: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """What ``use`` gives with an engine that never had another model than this."""
+
+        async def scenario() -> T:
+            model.save_pretrained(folder)
+            engine = await self.start(folder)
+            try:
+                return await use(engine)
+            finally:
+                await engine.close()
+
+        return self.runner.run(scenario())
+
+
+@contextmanager
+def published(model: PreTrainedModel) -> Iterator[str]:
+    """Where its weights lie, for as long."""
+    shared = SharedWeights(state_of(model))
+    shared.write(state_of(model))
+    yield SHM + shared.name
+    shared.close()
+
 
 @pytest.fixture(scope="module", params=[(s, k) for s in STARTS for k in KINDS[s]], ids=lambda p: "-".join(p))
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
@@ -84,7 +120,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model.save_pretrained(folder)
     with asyncio.Runner() as runner:
         engine = runner.run(STARTS[start](folder))
-        yield Bench(runner=runner, engine=engine, kind=kind, folder=folder, model=model)
+        yield Bench(runner=runner, start=STARTS[start], engine=engine, kind=kind, folder=folder, model=model)
         runner.run(engine.close())
 
 
@@ -92,11 +128,13 @@ def test_is_an_engine(bench: Bench) -> None:
     assert isinstance(bench.engine, Engine)
 
 
-async def _conversation(engine: Engine, rng: Random, seed: int) -> list[tuple[tuple[int, ...], Completion]]:
+async def _conversation(
+    engine: Engine, rng: Random, seed: int, version: int | None = None
+) -> list[tuple[tuple[int, ...], Completion]]:
     """Three turns: every prompt is the context so far and what somebody else added."""
     ids, turns = make_ids(rng, rng.randint(1, 60)), list[tuple[tuple[int, ...], Completion]]()
     for turn in range(3):
-        sampling = Sampling(max_tokens=rng.randint(1, 30), seed=seed + turn)
+        sampling = Sampling(max_tokens=rng.randint(1, 30), seed=seed + turn, version=version)
         turns.append((ids, await engine.generate(ids, sampling)))
         ids = (*ids, *turns[-1][1].ids, *make_ids(rng, rng.randint(1, 12)))
     return turns
@@ -209,12 +247,10 @@ def test_after_a_load_everything_comes_from_the_new_weights(bench: Bench, by: st
     prompt = make_ids(Random(2), 30)
     requests = [(prompt, Sampling(max_tokens=20, seed=i)) for i in range(4)]
     old = bench.run(*requests)
-    model = model_of(bench.kind, seed=bench.version + 10)
+    model = bench.another()
     if by == "shm":
-        shared = SharedWeights(state_of(model))
-        shared.write(state_of(model))
-        bench.load(model, SHM + shared.name)
-        shared.close()
+        with published(model) as where:
+            bench.load(model, where)
     else:
         model.save_pretrained(tmp_path)
         bench.load(model, str(tmp_path))
@@ -228,7 +264,7 @@ def test_after_a_load_everything_comes_from_the_new_weights(bench: Bench, by: st
 
 def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench, tmp_path: Path) -> None:
     prompt = make_ids(Random(6), 20)
-    model = model_of(bench.kind, seed=bench.version + 10)
+    model = bench.another()
     model.save_pretrained(tmp_path)
     before = bench.version
 
@@ -245,6 +281,98 @@ def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench, tm
     assert completion.versions == (before,) * count + (before + 1,) * (200 - count)
     first = replace(completion, ids=completion.ids[:count], logprobs=completion.logprobs[:count])
     assert trainer_gap(old_trainer, [(prompt, first)]) < TOLERANCE
+
+
+def test_a_pinned_request_is_bit_for_bit_that_of_an_engine_of_its_version(bench: Bench, tmp_path: Path) -> None:
+    """Two newer versions come meanwhile, and others are sampled from them and from an older one."""
+    prompt, sampling, other = make_ids(Random(7), 30), Sampling(max_tokens=200, seed=3), make_ids(Random(8), 20)
+
+    async def pinned() -> tuple[Completion, list[Completion]]:
+        older = await bench.take(bench.another())
+        version = await bench.take(model, keep=[older])
+        task = asyncio.create_task(bench.engine.generate(prompt, replace(sampling, version=version)))
+        await asyncio.sleep(0)  # it is asked first, so it has the first row, as it has alone
+        crowd: list[asyncio.Task[Completion]] = []
+        for count in range(2):
+            await bench.engine.generate(other, Sampling(max_tokens=10, seed=count, version=older))  # it is under way
+            await bench.take(bench.another(), keep=[older, version])
+            crowd += [asyncio.create_task(bench.engine.generate(other, Sampling(max_tokens=40, seed=count)))]
+        assert not task.done()
+        return await task, await asyncio.gather(*crowd)
+
+    model = model_of(bench.kind, seed=bench.version + 1000)
+    got, crowd = bench.runner.run(pinned())
+    want = bench.alone(model, tmp_path, lambda engine: engine.generate(prompt, sampling))
+    assert (got.ids, got.logprobs, got.finish) == (want.ids, want.logprobs, want.finish)
+    assert got.versions == (bench.version - 2,) * 200
+    assert trainer_gap(trainer_of(model), [(prompt, got)]) < TOLERANCE
+    assert crowd[0].versions[0] == bench.version - 1 and crowd[0].versions[-1] == bench.version
+    assert crowd[1].versions == (bench.version,) * 40
+
+
+def test_pinned_conversations_go_on_while_newer_versions_come(bench: Bench, tmp_path: Path) -> None:
+    """All lengths, more than there are slots; the newest serves requests that are not pinned at the same time."""
+    talks = range(2 * SLOTS)
+
+    async def talk(engine: Engine, version: int | None = None) -> list[tuple[tuple[int, ...], Completion]]:
+        turns = await asyncio.gather(*(_conversation(engine, Random(i), 10 * i, version) for i in talks))
+        return [t for turn in turns for t in turn]
+
+    async def meanwhile() -> tuple[list[tuple[tuple[int, ...], Completion]], list[Completion]]:
+        version, others = bench.version, list[Completion]()
+        task = asyncio.create_task(talk(bench.engine, version))
+        while not task.done():
+            others.append(await bench.engine.generate((5, 6, 7), Sampling(max_tokens=5, seed=len(others))))
+            await bench.take(bench.another(), keep=[version])
+        return await task, others
+
+    trainer, version, want = bench.trainer(), bench.version, bench.alone(bench.model, tmp_path, talk)
+    got, others = bench.runner.run(meanwhile())
+    for (ids, a), (want_ids, b) in zip(got, want, strict=True):
+        assert (ids, a.ids, a.finish) == (want_ids, b.ids, b.finish)
+        assert a.versions == (version,) * len(a.ids)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=TOLERANCE)
+    assert trainer_gap(trainer, got) < TOLERANCE
+    assert len(others) >= 2
+    assert [c.versions for c in others] == [(version + n,) * 5 for n in range(len(others))]
+
+
+def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: Bench) -> None:
+    prompts = [make_ids(Random(i), 10 + i) for i in range(3)]
+
+    async def drop() -> tuple[int, list[Any], list[Completion], list[Completion]]:
+        old = await bench.take(bench.another())
+        kept = await bench.take(bench.another(), keep=[old])
+
+        def ask(count: int, tokens: int, version: int | None) -> list[asyncio.Task[Completion]]:
+            sampling = [Sampling(max_tokens=tokens, seed=i, version=version) for i in range(count)]
+            return [asyncio.create_task(bench.engine.generate(prompts[i % 3], s)) for i, s in enumerate(sampling)]
+
+        pinned, free, first = ask(2, 200, kept), ask(2, 200, None), ask(1, 5, kept)
+        doomed = ask(2 * SLOTS, 220, old)  # most of them wait for a slot
+        await first[0]  # now the others are under way
+        await bench.take(bench.another(), keep=[kept])
+        async with asyncio.timeout(60):
+            failures = await asyncio.gather(*doomed, return_exceptions=True)
+        assert not any(t.done() for t in pinned)
+        return old, failures, await asyncio.gather(*pinned), await asyncio.gather(*free)
+
+    old, failures, pinned, free = bench.runner.run(drop())
+    kept, newest = old + 1, old + 2
+    resident = rf"resident are {kept}, {newest} \(newest: {newest}\)"
+    for failure in failures:
+        with pytest.raises(EngineError, match=rf"^version {old} was dropped before its request ended: {resident}$"):
+            raise failure
+    for version in (old, newest + 1, -1):
+        with pytest.raises(EngineError, match=rf"^version {version} is not resident in the engine: {resident}$"):
+            bench.run((prompts[0], Sampling(version=version)))
+    want = bench.run(*[(prompts[i], Sampling(max_tokens=200, seed=i, version=kept)) for i in range(2)])
+    for got, again, both in zip(pinned, want, free, strict=True):
+        assert (got.ids, got.versions) == (again.ids, (kept,) * 200)
+        assert got.logprobs == pytest.approx(again.logprobs, abs=TOLERANCE)
+        first = both.versions.count(kept)
+        assert both.versions == (kept,) * first + (newest,) * (200 - first) and 0 < first < 200
+        assert (both.ids[:first], both.ids == got.ids) == (got.ids[:first], False)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])

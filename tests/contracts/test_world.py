@@ -17,7 +17,8 @@ from posttrain.errors import ConfigError, ToolError
 from posttrain.protocols import Session, World
 from posttrain.types import Message, Task, ToolCall
 
-KINDS = ("chains", "code", "desk", "facts", "requests", "rules", "search", "work")
+KINDS = ("chains", "code", "desk", "facts", "requests", "rules", "search", "verify", "work")
+NEEDED: dict[str, dict[str, object]] = {"verify": {"of": {"type": "rules"}}}
 HABITS = {
     "chains": {"early", "first", "guess"},
     "code": {"blind", "botches", "claims", "looks"},
@@ -25,6 +26,7 @@ HABITS = {
     "facts": {"invents", "unknowing"},
     "requests": {"bare", "complies", "refuses"},
     "search": {"early", "guesses", "snippet", "unknowing"},
+    "verify": {"doubts", "praises"},
     "work": {"assumes", "claims", "guesses", "skips", "slips", "stops"},
     "rules": {"agrees", "no_backwards", "no_commas", "no_end", "no_some", "no_start", "no_times", "plain"},
 }
@@ -33,7 +35,7 @@ _CONFIG: TypeAdapter[WorldConfig] = TypeAdapter(WorldConfig)
 
 
 def build(kind: str, **options: object) -> ScriptedWorld:
-    world = make_world(_CONFIG.validate_python({"type": kind, **options}), kind)
+    world = make_world(_CONFIG.validate_python({"type": kind, **NEEDED.get(kind, {}), **options}), kind)
     assert isinstance(world, ScriptedWorld)
     return world
 
@@ -87,7 +89,7 @@ def test_no_content_twice_in_a_split(world: ScriptedWorld) -> None:
 
 
 def test_another_name_does_not_move_a_content_to_another_split(world: ScriptedWorld) -> None:
-    other = make_world(_CONFIG.validate_python({"type": world.kind}), "other")
+    other = make_world(_CONFIG.validate_python({"type": world.kind, **NEEDED.get(world.kind, {})}), "other")
     assert [_told(t) for t in other.tasks("eval", 20, 0)] == [_told(t) for t in world.tasks("eval", 20, 0)]
     assert other.tasks("eval", 1, 0)[0].world == "other"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from random import Random
@@ -74,7 +74,7 @@ class Script:
         logprobs, versions = (-0.5 * n,) * len(said), (n,) * len(said)
         return Completion(ids=said, logprobs=logprobs, versions=versions, finish=stop, choices=choices)
 
-    async def load(self, weights: Weights) -> None: ...
+    async def load(self, weights: Weights, keep: Collection[int] = ()) -> None: ...
 
     async def close(self) -> None: ...
 

@@ -57,6 +57,20 @@ def test_shape_is_the_one_of_the_issue(good: dict[str, Any]) -> None:
     assert good["mean_over_domains"] == pytest.approx({"base": 0.2, "x": 0.525, "y": 0.525, "student": 0.74})
 
 
+def test_general_rl_is_a_column_of_its_own_and_no_expert() -> None:
+    """It is reported beside the student; the bars are about the fusion and do not look at it."""
+    policies = {p: {"a": ones(n, 200)} for p, n in {"base": 40, "x": 160, "student": 150, "general": 170}.items()}
+    found, without = made(policies, {"x": "a"}), made({p: d for p, d in policies.items() if p != "general"}, {"x": "a"})
+    assert found["domains"]["a"]["general"] == 0.85 and found["mean_over_domains"]["general"] == 0.85
+    assert found["domains"]["a"]["experts"] == {"x": 0.8}
+    assert found["domains"]["a"]["recovery"] == without["domains"]["a"]["recovery"]
+    assert verdict(found) == verdict(without)
+    console = Console(width=160, record=True)
+    console.print(table(found))
+    shown = console.export_text()
+    assert "general RL" in shown and "0.850 (0.79..0.89)" in shown
+
+
 def test_wilson_by_hand() -> None:
     # z = 1.959964: centre (8 + z^2/2) / (10 + z^2) = 0.71674, half width z sqrt(1.6 + z^2/4) / (10 + z^2) = 0.22659
     assert wilson(np.array(ones(8, 10))) == pytest.approx([0.490162, 0.943318], abs=1e-6)

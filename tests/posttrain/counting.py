@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from experts.credit import samples_of
-from posttrain.loop import Group, Loop
+from posttrain.groups import Group
+from posttrain.loop import Loop
 from posttrain.protocols import Engine
 from posttrain.settings import LoopConfig
 from posttrain.trainer import Trainer
@@ -23,6 +24,29 @@ class Boom(Exception):
 
 
 @dataclass
+class Source:
+    """Tasks by number; remembers what it was told of and for which worlds it was asked."""
+
+    give: Callable[[int], Task] = lambda number: TASK
+    asked: list[tuple[int, str]] = field(default_factory=list)
+    told: list[list[str]] = field(default_factory=list)
+
+    def task(self, number: int, world: str) -> Task:
+        self.asked.append((number, world))
+        task = self.give(number)
+        return replace(task, world=world) if world else task
+
+    def seen(self, task: Task, rollouts: Sequence[Rollout]) -> None:
+        self.told.append([r.id for r in rollouts])
+
+    def state(self) -> dict[str, Any]:
+        return {"told": len(self.told)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.told = [[]] * state["told"]
+
+
+@dataclass
 class Counting:
     """A trainer, an engine, a journal and rollouts that take random times. ``settle`` makes the loop."""
 
@@ -32,6 +56,7 @@ class Counting:
     fails: Callable[[str], bool] = lambda rollout_id: False
     boom: str = ""
     version: int = 0
+    shares: dict[str, float] | None = None
     served: int = 0
     stepped: list[tuple[int, list[Sample], int]] = field(default_factory=list)
     trained: list[list[int]] = field(default_factory=list)
@@ -43,6 +68,8 @@ class Counting:
     states: list[dict[str, Any]] = field(default_factory=list)
     credited: list[list[str]] = field(default_factory=list)
     stop_at: int = 0
+    kept: list[set[int]] = field(default_factory=list)
+    """Versions that each load kept."""
 
     def explode(self, where: str) -> None:
         if self.boom == where:
@@ -67,10 +94,12 @@ class Counting:
 
     async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
         await asyncio.sleep(self.latency())
-        return Completion(ids=(5,), logprobs=(-1.0,), versions=(self.served,), finish="stop")
+        version = self.served if sampling.version is None else sampling.version
+        return Completion(ids=(5,), logprobs=(-1.0,), versions=(version,), finish="stop")
 
-    async def load(self, weights: Weights) -> None:
+    async def load(self, weights: Weights, keep: Collection[int] = ()) -> None:
         self.explode("load")
+        self.kept.append(set(keep))
         self.served = weights.version
         await asyncio.sleep(self.latency())
 
@@ -117,8 +146,9 @@ class Counting:
 
     def settle(self) -> Loop:
         return Loop(
-            self.config, name="s", seed=1, engine=self, trainer=cast(Trainer, self), credit=self.credit, task=self.task,
-            run_rollout=self.play, journal=self, on_step=self.on_step, checkpoint=self.checkpoint,
+            self.config, name="s", seed=1, engine=self, trainer=cast(Trainer, self), credit=self.credit,
+            source=Source(self.task), run_rollout=self.play, journal=self, on_step=self.on_step,
+            checkpoint=self.checkpoint, shares=self.shares,
         )  # fmt: skip
 
     def run(self, loop: Loop | None = None) -> Loop:
@@ -134,7 +164,7 @@ class Counting:
 
         asyncio.run(main())
         trained = self.version * self.config.groups_per_step
-        assert loop._accepted == trained + len(loop._shelf), "what admission counts is what is there"
+        assert loop.books.accepted == trained + len(loop.books.shelf), "what admission counts is what is there"
         return loop
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from posttrain.engine.worker import Scheduler
 from posttrain.model import Longcat2ForCausalLM
-from posttrain.settings import ClippedLoss, DistillLoss, TrainerConfig
+from posttrain.objective_settings import ClippedLoss, LossConfig
+from posttrain.settings import TrainerConfig
 from posttrain.trainer import Trainer
 from posttrain.types import (
     Completion,
@@ -70,7 +71,7 @@ def plain_logprobs(model: torch.nn.Module, ids: Sequence[int]) -> list[float]:
 
 def make_trainer(
     model: Longcat2ForCausalLM | None = None,
-    loss: ClippedLoss | DistillLoss | None = None,
+    loss: LossConfig | None = None,
     steps: int = 8,
     **config: Any,
 ) -> Trainer:
@@ -133,7 +134,7 @@ class InProcessEngine:
             self._pump_task = asyncio.create_task(self._pump())
         return await future
 
-    async def load(self, weights: Weights) -> None:
+    async def load(self, weights: Weights, keep: Collection[int] = ()) -> None:
         read_into(self.scheduler.model, weights.where)
         self.scheduler.set_version(weights.version)
 

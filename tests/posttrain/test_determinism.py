@@ -9,7 +9,8 @@ import pytest
 
 SCRIPT = """
 import hashlib, json, sys, torch
-from posttrain.settings import ClippedLoss, TrainerConfig
+from posttrain.objective_settings import ClippedLoss
+from posttrain.settings import TrainerConfig
 from posttrain.trainer import Trainer
 from posttrain.types import Sample
 from tests.model.longcat2_tiny import LSA, MTP, tiny, tokens

@@ -150,7 +150,7 @@ def request(number: int, ids: Sequence[int], max_tokens: int = 5, seed: int = 0)
 
 def serve(scheduler: Scheduler, requests: Sequence[Request]) -> list[Completion]:
     """Completions in the order of ``requests``, all of which wait from the beginning."""
-    scheduler.pending.extend(requests)
+    scheduler.submit(requests)
     while scheduler.busy:
         scheduler.step()
     done, scheduler.done = dict(scheduler.done), []
@@ -231,7 +231,7 @@ def test_a_row_begun_under_older_weights_is_not_continued_by_the_next_turn() -> 
     counting = Counting(MODEL)
     scheduler = Scheduler(counting, 1, 128)
     first = request(0, make_ids(Random(0), 30), 6)
-    scheduler.pending.append(first)
+    scheduler.submit([first])
     scheduler.step()
     scheduler.set_version(7)
     while scheduler.busy:

@@ -164,6 +164,7 @@ tasks = st.builds(
     files=st.dictionaries(text, text, max_size=2),
     limits=st.builds(Limits, max_turns=st.integers(), max_tokens=st.integers(), timeout_s=number),
     difficulty=number,
+    rollouts=st.none() | st.integers(1, 99),
     data=mappings,
 )
 scores = st.builds(
@@ -199,7 +200,7 @@ def test_a_rollout_comes_back_equal(rollout: Rollout) -> None:
 
 def test_no_field_is_forgotten() -> None:
     """A field added to a noun without the journal knowing it would come back as its default."""
-    known = {Rollout: 12, Task: 9, Segment: 5, Choices: 4, Message: 4, ToolCall: 2, Limits: 3, Score: 4, Failure: 2}
+    known = {Rollout: 12, Task: 10, Segment: 5, Choices: 4, Message: 4, ToolCall: 2, Limits: 3, Score: 4, Failure: 2}
     assert {cls: len(fields(cls)) for cls in known} == known, "teach posttrain/journal.py the new field"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 
 from posttrain.engine.lockstep import Lockstep
@@ -27,14 +27,14 @@ class Recorder:
             asyncio.get_running_loop().call_soon(self._shut)
         self.open.append(sampling.seed)
         await asyncio.sleep(Random(sampling.seed).random() / 100)
-        return Completion(ids=(len(ids),), logprobs=(0.0,), versions=(0,), finish="length")
+        return Completion(ids=(len(ids),), logprobs=(0.0,), versions=(sampling.version or 0,), finish="length")
 
     def _shut(self) -> None:
         self.open = None
 
-    async def load(self, weights: Weights) -> None:
+    async def load(self, weights: Weights, keep: Collection[int] = ()) -> None:
         """Noted."""
-        self.calls.append(f"load {weights.version}")
+        self.calls.append(f"load {weights.version}, keep {list(keep)}")
 
     async def close(self) -> None:
         """Noted."""
@@ -133,8 +133,10 @@ def test_without_seats_it_is_transparent_and_the_rest_is_passed_on() -> None:
         engine = Lockstep(recorder)
         assert isinstance(engine, Engine)
         assert (await ask(engine, 5)).ids == (3,)
+        assert (await engine.generate((1, 2), Sampling(version=3))).versions == (3,)
         await engine.load(Weights(version=4, where="somewhere"))
+        await engine.load(Weights(version=5, where="somewhere"), keep=(3, 4))
         await engine.close()
-        assert recorder.calls == ["load 4", "close"]
+        assert recorder.calls == ["load 4, keep []", "load 5, keep [3, 4]", "close"]
 
     asyncio.run(scenario())

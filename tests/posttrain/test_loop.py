@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.loop import derive_seed
+from posttrain.groups import derive_seed
 from posttrain.protocols import Engine
 from posttrain.types import Rollout, Sample, Task, Weights
-from tests.posttrain.counting import Boom, Counting, config, shakes
+from tests.posttrain.counting import Boom, Counting, Source, config, shakes
 from tests.posttrain.small import rollout
 
 # Admission and staleness
@@ -39,12 +41,12 @@ def test_staleness_and_admission_stay_in_bounds(
     def task(number: int) -> Task:
         """Called as a group starts. Started and not dropped is running plus accepted (AReaL's formula)."""
         found = plain(number)
-        alive = len(parts.started) - int(loop._counts["dropped_stale"])
+        alive = len(parts.started)
         assert alive <= (k + parts.version + 1) * b
         assert parts.open <= (b if k == 0 else running) * g
         return found
 
-    loop.task = task
+    loop.source = Source(task)
     parts.run(loop)
     assert [v for v, _, _ in parts.stepped] == list(range(7))
     for version, samples, rollouts in parts.stepped:
@@ -64,25 +66,109 @@ def test_staleness_is_counted_to_the_version_that_is_trained() -> None:
     assert parts.trained == [[n] for n in range(8)]
 
 
-def test_a_group_that_grew_too_old_is_dropped_and_counted() -> None:
-    """Group 0 waits until version 3 is served; K = 1 forbids training on it. Others go on meanwhile."""
-    c = config(steps=12, groups_per_step=1, group_size=1, max_staleness=1, max_running=2)
+@pytest.mark.parametrize("versions", ["inflight", "pinned"])
+def test_drain_waits_for_a_straggler_and_loses_nothing(versions: str) -> None:
+    """K = 1: group 0 is slow. The batch of version 1 is its last chance: the trainer waits for it."""
+    c = config(steps=6, groups_per_step=1, group_size=1, max_staleness=1, max_running=2, versions=versions)
     parts = Counting(c, step_s=lambda: 0.005)
     plain = parts.play
 
     async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
-        found = await plain(engine, task, rollout_id, group, seed)
-        while rollout_id == "s/0/0" and parts.version < 3:
-            await asyncio.sleep(0.001)
-        return found
+        if rollout_id == "s/0/0":
+            await asyncio.sleep(0.3)
+        return await plain(engine, task, rollout_id, group, seed)
 
     loop = parts.settle()
     loop.run_rollout = play
     parts.run(loop)
-    assert parts.trained == [[n] for n in range(1, 13)]
-    assert parts.logged[-1]["dropped_stale"] == 1
-    assert 0 in loop.finished
-    assert [r.id for r in parts.journal].count("s/0/0") == 1
+    assert parts.trained == [[1], [0], [2], [3], [4], [5]]
+    # Its first token came after the sleep: in flight that is under version 1, pinned under the one that it began with.
+    assert [x["staleness_max"] for x in parts.logged][:2] == [0, int(versions == "pinned")]
+    assert loop._counts["stale"] == loop._counts["evicted"] == 0
+
+
+def test_evict_gives_a_straggler_up_and_starts_its_task_anew() -> None:
+    """K = 1: when the batch of version 1 is full, group 0 of version 0 is too old for any later one."""
+    c = config(steps=6, groups_per_step=1, group_size=1, max_staleness=1, max_running=2, stragglers="evict")
+    parts = Counting(c, step_s=lambda: 0.005)
+    plain = parts.play
+
+    async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        while rollout_id == "s/0/0":
+            await asyncio.sleep(0.001)
+        return await plain(engine, task, rollout_id, group, seed)
+
+    loop = parts.settle()
+    loop.run_rollout = play
+    parts.run(loop)
+    assert parts.trained == [[1], [2], [0], [3], [4], [5]]
+    assert loop._counts["evicted"] == 1 and loop._counts["stale"] == 0
+    assert [r.id for r in parts.journal if r.group == "s/0"] == ["s/0/0.1"], "another name, and so another seed"
+    assert parts.open == 0
+
+
+def test_pinned_rollouts_have_one_version_and_the_engine_keeps_those_that_run() -> None:
+    """In random schedules every rollout is of one version; what a load keeps is what runs, at most K + 1 with it."""
+    c = config(steps=12, groups_per_step=2, max_staleness=2, max_running=8, versions="pinned")
+    parts = Counting(c, latency=shakes(4, 0.004), step_s=shakes(5, 0.004))
+    parts.run()
+    assert all(len({v for s in r.branches[0] for v in s.versions if v >= 0}) == 1 for r in parts.journal)
+    assert max(x["staleness_max"] for x in parts.logged) == 2
+    assert all(len(kept | {n}) <= 3 for n, kept in enumerate(parts.kept))
+    assert any(len(kept) == 2 for kept in parts.kept)
+
+
+def test_silent_groups_are_replaced_when_the_filter_is_on() -> None:
+    """Groups with an odd number teach nothing: the batches hold the even ones, and the source hears of all."""
+    c = config(steps=3, groups_per_step=2, filter_silent=True, max_staleness=0)
+    parts = Counting(c)
+    loop, plain = parts.settle(), parts.credit
+    loop.credit = lambda group: plain(group) if int(group[0].group.split("/")[1]) % 2 == 0 else []
+    parts.run(loop)
+    assert parts.trained == [[0, 2], [4, 6], [8, 10]]
+    assert parts.logged[-1]["filtered"] == 5
+    assert isinstance(loop.source, Source)
+    assert [ids[0] for ids in loop.source.told] == [f"s/{n}/0" for n in range(11)]
+
+
+def test_groups_are_trained_once_more_at_the_reuse_ratio_while_they_are_young() -> None:
+    """B = 4, half reused, K = 3: at most two of a batch were trained before, once, and are not too old."""
+    c = config(steps=8, groups_per_step=4, group_size=1, max_staleness=3, max_running=4, reuse=0.5)
+    parts = Counting(c, latency=lambda: 0.002)
+    parts.run()
+    first: dict[int, int] = {}
+    again: list[tuple[int, int]] = []
+    for step, batch in enumerate(parts.trained):
+        again += [(n, step) for n in batch if n in first]
+        first |= {n: step for n in batch if n not in first}
+    assert [len(b) for b in parts.trained] == [4] * 8
+    assert max(Counter(n for n, _ in again).values()) == 1
+    assert max(Counter(step for _, step in again).values()) == 2 and len(again) >= 4
+    assert max(x["staleness_max"] for x in parts.logged) <= 3
+
+
+def test_with_quotas_a_slow_world_keeps_its_share() -> None:
+    """``slow`` takes ten times as long and half of its groups come to nothing: it is started more often."""
+    c = config(steps=40, groups_per_step=4, group_size=1, max_staleness=4, max_running=24, quotas=True, tolerance=0.5)
+    parts = Counting(c, shares={"quick": 1.0, "slow": 1.0}, step_s=lambda: 0.004)
+    loop, plain = parts.settle(), parts.play
+
+    async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        await asyncio.sleep(0.02 if task.world == "slow" else 0.002)
+        return replace(await plain(engine, task, rollout_id, group, seed), task=task)
+
+    loop.config = loop.books.config = c.model_copy(update={"filter_silent": True})
+    loop.run_rollout = play
+    credit = loop.credit
+    loop.credit = lambda group: (
+        [] if group[0].task.world == "slow" and int(group[0].group.split("/")[1]) % 4 < 2 else credit(group)
+    )
+    parts.run(loop)
+    assert isinstance(loop.source, Source)
+    started, trained = Counter(w for _, w in loop.source.asked), loop.books.trained
+    assert abs(trained["slow"] / trained.total() - 0.5) < 0.06
+    assert started["slow"] > 1.5 * started["quick"]
+    assert loop.books.useful["quick"] > 0.95 and loop.books.useful["slow"] < 0.8
 
 
 def test_the_oldest_on_the_shelf_is_trained_first() -> None:
@@ -167,12 +253,18 @@ def test_a_wait_is_bounded_and_says_who_waits_for_what(k: int) -> None:
     parts.load = _at_once  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(TimeoutError) as caught:
         parts.run(loop)
-    assert str(caught.value) == (
-        "s: waited 0.1 s for 2 groups to train on at version 0: 2 groups running, 0 arrived, 0 on the shelf"
+    said = str(caught.value).splitlines()
+    assert said[0] == (
+        "s: waited 0.1 s for 2 groups to train on at version 0: running groups 2, running rollouts 4, "
+        "arrived groups 0, groups on the shelf 0, free slots 0; 2 waits, the longest first:"
     )
+    assert sorted(line.split(" s  ")[1] for line in said[1:]) == [
+        "s: collect: a finished group",
+        "s: produce: an admission slot",
+    ]
 
 
-async def _at_once(weights: Weights) -> None: ...
+async def _at_once(weights: Weights, keep: Collection[int] = ()) -> None: ...
 
 
 # Invalid rollouts
@@ -225,6 +317,7 @@ def test_nothing_is_lost_and_nothing_trained_twice_after_a_kill(seed: int, k: in
         first.run()
     state = first.states[-1]
     assert state["trainer"] == {"version": 4} and state["accepted"] == 8
+    assert bool(state["tasks"]) == (k > 0), "what was under way"
     done = {n for batch in first.trained[:4] for n in batch}
     assert done <= set(state["finished"])
 
@@ -244,9 +337,7 @@ def test_nothing_is_lost_and_nothing_trained_twice_after_a_kill(seed: int, k: in
     given = {i for ids in second.credited for i in ids}
     assert {i for i in kept if int(i.split("/")[1]) in set(trained)} <= given
     lost = {n for n in range(max(trained)) if n not in trained} - loop.finished
-    assert lost <= {g.number for g in loop._shelf} | second.started, (
-        "what is not trained or dropped was still under way"
-    )
+    assert lost <= set(loop.books.shelf) | second.started, "what is not trained or dropped was still under way"
 
 
 PAST = [
@@ -262,7 +353,9 @@ def test_a_half_journalled_group_is_completed() -> None:
     loop = parts.settle()
     loop.resume({"finished": [], "accepted": 0}, PAST)
     parts.run(loop)
-    assert {i for i in parts.asked if int(i.split("/")[1]) < 4} == {"s/0/0", "s/1/0", "s/1/1", "s/2/0", "s/2/1"}
+    assert {i for i in parts.asked if int(i.split("/")[1]) < 4} == {
+        *("s/0/0", "s/1/0.1", "s/1/1", "s/2/0", "s/2/1"),  # .1: the journal has an s/1/0 already, which failed
+    }
     assert sorted(n for batch in parts.trained for n in batch) == [0, 1, 2, 3]
 
 

@@ -22,7 +22,8 @@ from posttrain.settings import LoopConfig
 from posttrain.trainer import save_state
 from posttrain.types import Completion, Rollout, Sampling, Score, Segment, StopReason, Task
 from tests.model.longcat2_tiny import tiny
-from tests.posttrain.small import TASK, InProcessEngine, copies, differing, make_trainer
+from tests.posttrain.counting import Source
+from tests.posttrain.small import InProcessEngine, copies, differing, make_trainer
 
 CONFIG = LoopConfig(
     steps=4, groups_per_step=2, group_size=3, max_staleness=0, checkpoint_every=2, wait_s=60.0, max_running=2
@@ -108,7 +109,7 @@ class Life:
             try:
                 loop = Loop(
                     CONFIG, name="s", seed=5, engine=engine, trainer=trainer, credit=GroupCredit(GroupCreditConfig()),
-                    task=lambda number: TASK, run_rollout=self.play, journal=self, on_step=on_step,
+                    source=Source(), run_rollout=self.play, journal=self, on_step=on_step,
                     checkpoint=lambda s: save_state(s, self.state_path),
                 )  # fmt: skip
                 if state is not None:

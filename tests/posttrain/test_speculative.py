@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -58,7 +59,7 @@ MODELS = pytest.mark.parametrize(
 
 def serve(scheduler: Scheduler, requests: Sequence[Request]) -> list[Completion]:
     """Completions in the order of ``requests``, all of which wait from the beginning."""
-    scheduler.pending.extend(requests)
+    scheduler.submit(requests)
     while scheduler.busy:
         scheduler.step()
     done, scheduler.done = dict(scheduler.done), []
@@ -139,7 +140,7 @@ def test_weights_that_come_between_two_rounds() -> None:
         model = tiny(seed=8, **MTP, **LSA)
         model.load_state_dict(old.state_dict())
         scheduler = Scheduler(model, 2, 64, draft_steps=steps)
-        scheduler.pending.append(request)
+        scheduler.submit([request])
         while not scheduler.slots[0].sampled >= at:
             scheduler.step()
         sampled = scheduler.slots[0].sampled
@@ -208,25 +209,48 @@ def reference_drafts(model: Any, slot: Slot, count: int) -> list[int]:
     return drafts
 
 
-@MODELS
-def test_drafts_are_those_of_a_fresh_cache(make: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys after accepted and rejected drafts, of followers, of continued rows: all as if computed anew."""
-    model, checked = make(case), 0
-    propose = Drafter.propose
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every proposal is compared with one that is made from nothing but the tokens; the model of each comparison."""
+    propose, models = Drafter.propose, list[Any]()
 
-    def check(drafter: Drafter, slots: Sequence[Slot]) -> list[list[int]]:
-        nonlocal checked
-        drafts = propose(drafter, slots)
+    def check(drafter: Drafter, model: Any, slots: Sequence[Slot]) -> list[list[int]]:
+        drafts = propose(drafter, model, slots)
         for slot, draft in zip(slots, drafts, strict=True):
             if draft:
                 assert draft == reference_drafts(model, slot, len(draft))
-                checked += 1
+                models.append(model)
         return drafts
 
     monkeypatch.setattr(Drafter, "propose", check)
-    requests, scheduler = crowd(7, 12), Scheduler(model, 6, 128, draft_steps=STEPS)
+    return models
+
+
+@MODELS
+def test_drafts_are_those_of_a_fresh_cache(make: Any, case: str, checked: list[Any]) -> None:
+    """Keys after accepted and rejected drafts, of followers, of continued rows: all as if computed anew."""
+    requests, scheduler = crowd(7, 12), Scheduler(make(case), 6, 128, draft_steps=STEPS)
     serve(scheduler, next_turns(requests, serve(scheduler, requests)))
-    assert checked > 60
+    assert len(checked) > 60
+
+
+@pytest.mark.parametrize("case", ["dense", "lsa"])
+def test_drafts_of_several_versions_are_those_of_a_fresh_cache(case: str, checked: list[Any]) -> None:
+    """Half of the requests are pinned to the first version; the caches of the others are computed anew."""
+    old, requests = deepcopy(memorised(case)), crowd(8, 12)
+    pinned = [replace(r, sampling=replace(r.sampling, version=0 if r.id % 2 else None)) for r in requests]
+    scheduler = Scheduler(old, 12, 128, draft_steps=STEPS, on_swap="recompute")
+    scheduler.submit(pinned)
+    for _ in range(2):
+        scheduler.step()
+    new = scheduler.set_version(1, keep=[0])
+    new.load_state_dict(at_random(case).state_dict())
+    while scheduler.busy:
+        scheduler.step()
+    done = dict(scheduler.done)
+    assert min(checked.count(old), checked.count(new)) > 15
+    want = serve(Scheduler(memorised(case), 12, 128, draft_steps=STEPS), requests)
+    same([done[i] for i in range(1, 12, 2)], want[1::2])
 
 
 # How many are accepted

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from posttrain import trainer as trainer_module
-from posttrain.loss import clipped_loss
-from posttrain.settings import ClippedLoss, DistillLoss, LoraConfig
+from posttrain.objective import Tokens, loss
+from posttrain.settings import LoraConfig
 from posttrain.trainer import Trainer, save_state
 from posttrain.types import Sample
 from posttrain.weights import read_into, state_of
@@ -34,24 +34,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Detected call of `lr_scheduler.step",  # where a test looks at gradients instead of stepping
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft's call
 )
-
-
-def gradients(samples: Sequence[Sample], rollouts: int, **options: Any) -> dict[str, Tensor]:
-    """What one step would hand to the optimizer."""
-    trainer = make_trainer(max_grad_norm=1e9, **options)
-    found: dict[str, Tensor] = {}
-    # After clipping, before the step.
-    trainer.optimizer.step = lambda: found.update(  # pyright: ignore[reportAttributeAccessIssue]
-        {n: p.grad.clone() for n, p in trainer.base.named_parameters() if p.grad is not None}
-    )
-    trainer.step(samples, rollouts)
-    return found
-
-
-def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6), name
 
 
 # What a step does
@@ -125,46 +107,6 @@ def test_masked_tokens_get_exactly_no_gradient() -> None:
     assert touched_BT[1].tolist() == [False, False, True, True, True, False, False, False, False, False]
 
 
-# Denominators
-
-
-@pytest.mark.parametrize("loss", [ClippedLoss(constant_length=8), DistillLoss(gate_low=1e-6, gate_high=1e6)])
-def test_neither_micro_batches_nor_padding_nor_silent_samples_change_the_gradient(
-    loss: ClippedLoss | DistillLoss,
-) -> None:
-    judged = [replace(s, teacher_logprobs=tuple(-1.0 - 0.1 * t for t in range(len(s.ids)))) for s in SAMPLES]
-    together = gradients(judged, 5, loss=loss, tokens_per_micro_batch=10_000)
-    assert max(g.abs().max() for g in together.values()) > 1e-3
-    close(together, gradients(judged, 5, loss=loss, tokens_per_micro_batch=1))
-    close(together, gradients(judged[::-1], 5, loss=loss, tokens_per_micro_batch=20))
-    # A long sample without a trained token pads nothing away and is not part of the mean.
-    silent = sample("g/9", 40, sampled=(False,) * 40, teacher_logprobs=(0.0,) * 40)
-    close(together, gradients([*judged, silent], 5, loss=loss, tokens_per_micro_batch=10_000))
-
-
-def test_the_clipped_denominator_is_rollouts_times_the_constant_length() -> None:
-    """Twice the rollouts or twice T_max: half of the gradient. The lengths themselves do not matter."""
-    whole = gradients(SAMPLES, 5, loss=ClippedLoss(constant_length=8))
-    half = {k: g / 2 for k, g in whole.items()}
-    close(half, gradients(SAMPLES, 10, loss=ClippedLoss(constant_length=8)))
-    close(half, gradients(SAMPLES, 5, loss=ClippedLoss(constant_length=16)))
-    split = [gradients([s], 5, loss=ClippedLoss(constant_length=8)) for s in SAMPLES]
-    close(whole, {k: sum((g[k] for g in split), torch.zeros(())) for k in whole})
-
-
-def test_the_distillation_denominator_is_each_response_s_own_length_then_rollouts() -> None:
-    loss = DistillLoss(gate_low=1e-9, gate_high=1e9)
-    both = [replace(s, teacher_logprobs=(-1.0,) * len(s.ids)) for s in (SAMPLES[0], SAMPLES[3])]
-    together = gradients(both, 2, loss=loss)
-    one, other = (gradients([s], 1, loss=loss) for s in both)
-    close(together, {k: (one[k] + other[k]) / 2 for k in together})
-
-
-def test_distillation_without_a_teacher_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs teacher log-probs"):
-        make_trainer(loss=DistillLoss()).step(SAMPLES, 5)
-
-
 # The optimizer
 
 
@@ -172,11 +114,11 @@ def test_two_updates_a_batch_use_the_log_probs_from_before_both(monkeypatch: pyt
     """The ratio of the second update is to the policy that the step started with."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def spy(pi: Tensor, prox: Tensor, *rest: Any) -> tuple[Tensor, dict[str, float]]:
-        seen.append((pi.detach().clone(), prox.clone()))
-        return clipped_loss(pi, prox, *rest)
+    def spy(tokens: Tokens, *rest: Any) -> tuple[Tensor, dict[str, float]]:
+        seen.append((tokens.pi_N.detach().clone(), tokens.prox_N.clone()))
+        return loss(tokens, *rest)
 
-    monkeypatch.setattr(trainer_module, "clipped_loss", spy)
+    monkeypatch.setattr(trainer_module.objective, "loss", spy)
     trainer = make_trainer(updates_per_batch=2)
     # Samples are dealt out in the order of their rollouts: 0, 2, 4 first, then 1, 3; longest first in a micro-batch.
     known = [torch.tensor(plain_logprobs(trainer.base, s.ids)[3:]) for s in SAMPLES]

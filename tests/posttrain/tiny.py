@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from posttrain.batch import pack
 from posttrain.chat import train_tokenizer
-from posttrain.settings import ClippedLoss, TrainerConfig
+from posttrain.objective_settings import ClippedLoss
+from posttrain.settings import TrainerConfig
 from posttrain.trainer import Trainer
 from posttrain.types import Completion, Sample
 from tests.model.longcat2_tiny import SHAPE as LONGCAT2_SHAPE

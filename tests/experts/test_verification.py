@@ -1,0 +1,121 @@
+"""Self-verification: when the phase is on, what is asked, what it is worth, and that it survives a checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+
+from envs.worlds.base import play, say
+from envs.worlds.rules import Rules, RulesConfig
+from envs.worlds.verify import Verify, VerifyConfig, question
+from experts.tasks import TaskStream
+from experts.verification import SelfVerification, VerificationConfig
+from posttrain.types import Message, Rollout, Score, StopReason, Task
+
+RULES = Rules(RulesConfig(), "rules")
+VERIFY = Verify(VerifyConfig(of=RulesConfig()), "verify")
+CONFIG = VerificationConfig(world="verify", share=0.5, window=4)
+
+
+def source() -> SelfVerification:
+    return SelfVerification(TaskStream({"rules": RULES}, {"rules": 1.0}, 50, 0), VERIFY, CONFIG, seed=1)
+
+
+def answered(task: Task, texts: list[tuple[str, float]], number: int = 0) -> list[Rollout]:
+    return [
+        Rollout(
+            id=f"s/{number}/{i}", group=f"s/{number}", task=task, branches=((),),
+            messages=(*task.prompt, Message(role="assistant", content=text)), stop=StopReason.SCORED,
+            score=Score(value=outcome, outcome=outcome),
+        )
+        for i, (text, outcome) in enumerate(texts)
+    ]  # fmt: skip
+
+
+def feed(s: SelfVerification, rates: list[float]) -> None:
+    """Groups of four with these pass rates, quarters."""
+    for number, rate in enumerate(rates):
+        right = round(4 * rate)
+        texts = [(f"good {number}", 1.0)] * right + [(f"bad {number}", 0.0)] * (4 - right)
+        task = s._inner.task(number, "")
+        s.seen(task, answered(task, texts, number))
+
+
+def grade(task: Task, text: str) -> float:
+    async def main() -> float:
+        session = await VERIFY.open(task)
+        said = await play(session, iter([say(text)]))  # pyright: ignore[reportArgumentType]  # a script without answers
+        return await session.grade([*task.prompt, *said])
+
+    return asyncio.run(main())
+
+
+def test_the_phase_begins_when_the_rate_stalls_and_ends_when_it_rises() -> None:
+    s = source()
+    feed(s, [0.25] * 7)
+    assert not s.active, "seven groups are not twice a window of four"
+    feed(s, [0.25])
+    assert s.active
+    feed(s, [0.5] * 4)
+    assert not s.active
+    feed(s, [0.5] * 4)
+    assert s.active
+    assert not SelfVerification(s._inner, VERIFY, CONFIG.model_copy(update={"gain": -0.1}), 1).active
+
+
+def test_questions_are_the_experts_own_answers_one_right_and_one_wrong_a_group() -> None:
+    s = source()
+    feed(s, [0.25] * 8)
+    drawn = [s.task(n, "") for n in range(8, 80)]
+    asked = [t for t in drawn if t.world == "verify"]
+    assert len(asked) == 16, "all that eight groups gave, and no more"
+    assert Counter(t.data["right"] for t in asked) == {True: 8, False: 8}
+    by_id = {t.id: t for t in asked}
+    inner = TaskStream({"rules": RULES}, {"rules": 1.0}, 50, 0).task(3, "")
+    assert by_id["s/3/0/verify"].prompt == question(inner.prompt, "good 3")
+    assert by_id["s/3/1/verify"].prompt[0].content.endswith("\nanswer bad 3\nright or wrong")
+    assert {t.data["weight"] for t in asked} == {0.25}
+
+
+def test_groups_that_are_all_right_or_all_wrong_give_no_question() -> None:
+    s = source()
+    feed(s, [0.0, 1.0] * 4)
+    assert s.active
+    assert all(s.task(n, "").world == "rules" for n in range(60))
+
+
+def test_a_verdict_is_worth_the_pass_rate_of_the_answers_it_judges() -> None:
+    s = source()
+    feed(s, [0.25] * 7 + [0.75])
+    s._outcomes = [1.0] * 4 + [0.5] * 4
+    asked = [t for t in (s.task(n, "") for n in range(100, 200)) if t.world == "verify"]
+    assert {t.data["weight"] for t in asked} == {0.25, 0.75}
+    for task in asked:
+        good, bad = ("right", "wrong") if task.data["right"] else ("wrong", "right")
+        assert (grade(task, good), grade(task, bad), grade(task, "right wrong")) == (task.data["weight"], 0.0, 0.0)
+
+
+def test_its_own_tasks_teach_the_source_nothing() -> None:
+    s = source()
+    feed(s, [0.25] * 8)
+    before = s.state()
+    task = next(t for t in (s.task(n, "") for n in range(50)) if t.world == "verify")
+    middle = s.state()
+    s.seen(task, answered(task, [("right", 1.0), ("wrong", 0.0)]))
+    assert s.state() == middle != before
+
+
+def test_a_resumed_source_goes_on_where_it_was() -> None:
+    one, other = source(), source()
+    feed(one, [0.5] * 9)
+    other.restore(json.loads(json.dumps(one.state())))
+    assert [one.task(n, "") for n in range(9, 40)] == [other.task(n, "") for n in range(9, 40)]
+
+
+def test_the_split_is_the_judged_worlds() -> None:
+    """No question of a held-out task, right answer included, is ever shown in training."""
+    held_out = {t.prompt[0].content for t in RULES.tasks("eval", 200, 0)}
+    for split in ("train", "demo"):
+        shown = {t.prompt[0].content.split("\nanswer ")[0] for t in VERIFY.tasks(split, 200, 0)}
+        assert len(shown) > 100 and not shown & held_out

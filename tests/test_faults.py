@@ -1,0 +1,138 @@
+"""Kills at random moments: a run always ends where it should, and nothing that was written down is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from posttrain.groups import index_of
+from posttrain.journal import read_journal, rollout_from_dict
+from posttrain.types import Rollout
+from tests.posttrain.tiny import make_model, make_tokenizer
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
+KILLS = 25
+"""A mode. Two modes are killed."""
+STEPS, BATCH = 6, 2
+
+
+def write_config(folder: Path, max_staleness: int) -> Path:
+    """A tiny model at random, one world, a few steps."""
+    model = folder / "model"
+    make_model("longcat2", vocab_size=len(make_tokenizer())).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    loop = {
+        "steps": STEPS, "groups_per_step": BATCH, "group_size": 3, "max_running": 4, "max_staleness": max_staleness,
+        "checkpoint_every": 2,
+    }  # fmt: skip
+    config = {
+        "model": {"type": "pretrained", "path": str(model)},
+        "cold_start": None,
+        "engine": {"type": "local", "slots": 16, "max_context": 128},
+        "worlds": {"requests": {"type": "requests"}},
+        "experts": {"interaction": {"worlds": {"requests": 1}, "train_tasks": 20, "loop": loop}},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start(config: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "posttrain.cli", "expert", str(config), "interaction", "--out", str(out)]
+    with open(out.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(config: Path, out: Path) -> float:
+    """Seconds that the run took from here to its end."""
+    began = time.monotonic()
+    process = start(config, out)
+    assert process.wait(300) == 0, out.with_suffix(".log").read_text()[-3000:]
+    return time.monotonic() - began
+
+
+def kill_at_random(config: Path, out: Path, rng: random.Random, whole_s: float, times: int) -> int:
+    """Kill that many times, at any moment of a run that would take ``whole_s``; how often it had ended by itself."""
+    ended = 0
+    for _ in range(times):
+        process = start(config, out)
+        try:
+            process.wait(rng.uniform(0.2, 1.0) * whole_s)
+            ended += 1
+        except subprocess.TimeoutExpired:
+            # The process alone: its engine must see for itself that nobody is left.
+            process.send_signal(signal.SIGKILL)
+            process.wait(10)
+    return ended
+
+
+def stage(out: Path) -> tuple[dict[str, Any], list[Rollout], list[dict[str, Any]]]:
+    """Last checkpoint, journal, and what was trained when."""
+    state = torch.load(out / "checkpoints/expert-interaction/state.pt", weights_only=True)
+    rollouts = [rollout_from_dict(r) for r in read_journal(out / "rollouts/expert-interaction.jsonl")]
+    return state, rollouts, list(read_journal(out / "rollouts/expert-interaction.trained.jsonl"))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "checkpoints/expert-interaction/state.pt", weights_only=True)["trainer"]["model"]
+
+
+def alive(out: Path) -> list[str]:
+    """Processes of the run that are left."""
+    found = subprocess.run(["pgrep", "-fa", str(out)], capture_output=True, text=True, check=False).stdout
+    return [line for line in found.splitlines() if "pgrep" not in line and str(os.getpid()) not in line.split()[:1]]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_fifty_random_kills(max_staleness: int, tmp_path: Path) -> None:
+    """25 in each mode. Every step is taken once, each on groups of its own, and from rollouts that are in the journal;
+    synchronously the weights are those of a run that nobody disturbed, bit for bit."""
+    config = write_config(tmp_path, max_staleness)
+    calm = tmp_path / "calm"
+    whole_s = finish(config, calm)
+    rng = random.Random(max_staleness)
+    killed, runs = 0, 0
+    while killed < KILLS:
+        out = tmp_path / f"killed-{runs}"
+        times = min(5, KILLS - killed)
+        killed += times - kill_at_random(config, out, rng, whole_s, times)
+        runs += 1
+        finish(config, out)
+        state, rollouts, trained = stage(out)
+        assert [t["version"] for t in trained] == list(range(1, STEPS + 1))
+        numbers = Counter(n for t in trained for n in t["groups"])
+        assert set(numbers.values()) == {1} and numbers.total() == STEPS * BATCH
+        assert set(numbers) <= set(state["finished"])
+        # What was trained was written down first, and every record is whole and of one place.
+        by_id = {r.id: r for r in rollouts}
+        assert {i for t in trained for i in t["rollouts"]} <= set(by_id)
+        places = Counter((r.group, index_of(r)) for r in rollouts if r.valid)
+        if max_staleness:
+            # A journalled rollout is used and never made a second time, unless it had grown too old to be trained.
+            again = {place for place, n in places.items() if n > 1}
+            used = {(by_id[i].group, index_of(by_id[i])): by_id[i] for t in trained for i in t["rollouts"]}
+            for place in again & set(used):
+                earlier = [r for r in rollouts if (r.group, index_of(r)) == place and r.id != used[place].id]
+                assert all(r.oldest_version < used[place].oldest_version for r in earlier)
+        else:
+            # Cut-short batches are made again, and come out the same.
+            for rollout in rollouts:
+                assert rollout.branches == by_id[rollout.id].branches
+            ours, undisturbed = weights(out), weights(calm)
+            assert all(torch.equal(ours[k], undisturbed[k]) for k in undisturbed)
+        until = time.monotonic() + 15
+        while alive(out) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert alive(out) == []
