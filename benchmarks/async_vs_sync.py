@@ -161,6 +161,7 @@ async def measure(mode: Mapping[str, object], seed: int, base: Path, pipeline: P
         credit=GroupCredit(expert.credit),
         player=Player(worlds, chat, expert.reward),
         source=TaskStream(worlds, expert.worlds, expert.train_tasks, seed),
+        shares=expert.worlds,
         seed=seed,
     )
     folder = await run_stage(stage, pipeline.run, pipeline.metrics, pipeline.progress)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from envs.context import SUMMARISE, ContextConfig, Rewrite, due, rewritten
 from envs.noise import Noise, NoisySession, noisy_prompt
@@ -33,6 +34,7 @@ from posttrain.waits import waiting
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Scorer = Callable[[Rollout, float], Score]
 
 _KEEP = ContextConfig()
@@ -141,7 +143,7 @@ async def run_episode(
 
     try:
         with waiting(f"a session of {task.world}"), boundary(Culprit.WORLD):
-            session = await world.open(task)
+            session = await _within(task, "a session", world.open(task))
         if noise is not None:
             session = NoisySession(session, task, noise)
         try:
@@ -153,7 +155,7 @@ async def run_episode(
             return rollout(StopReason.NO_MODEL_CALL)
         finished = rollout(stop)
         with waiting(f"the grader of {task.world}"), boundary(Culprit.REWARD):
-            outcome = await session.grade(state.messages)
+            outcome = await _within(task, "the grader", session.grade(state.messages))
             return replace(finished, score=score(finished, outcome))
     except EpisodeError as error:
         return rollout(_STOP_OF[error.culprit], Failure(culprit=error.culprit, message=str(error)))
@@ -162,6 +164,17 @@ async def run_episode(
     finally:
         if session is not None:
             await _close(session, rollout_id)
+
+
+async def _within(task: Task, what: str, awaited: Awaitable[T]) -> T:
+    """``awaited`` in the episode's time. Its end is no time-out of the agent's, but an error of whom was waited for."""
+    try:
+        async with asyncio.timeout(task.limits.timeout_s) as clock:
+            return await awaited
+    except TimeoutError as error:
+        if not clock.expired():
+            raise
+        raise RuntimeError(f"waited {task.limits.timeout_s:g} s for {what} of {task.world}") from error
 
 
 async def _close(session: Session, rollout_id: str) -> None:

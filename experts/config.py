@@ -169,6 +169,19 @@ class CurriculumConfig(Config):
     """Groups of different sizes; null: all have ``loop.group_size`` rollouts."""
 
 
+class VerificationConfig(Config):
+    """A phase in which a part of the groups judges the expert's own answers (``experts.verification``)."""
+
+    world: str
+    """Name of a world of type verify, which has shown the form in the cold start."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of the groups, while the phase lasts."""
+    window: Annotated[int, Field(ge=2)] = 64
+    """Groups whose mean outcome is compared with that of as many before them."""
+    gain: float = 0.0
+    """The phase lasts while the mean outcome has not risen by more than this."""
+
+
 class ExpertConfig(Config):
     """One expert: the worlds it practises in, what counts as good, how it learns."""
 
@@ -181,6 +194,8 @@ class ExpertConfig(Config):
     oversample: dict[str, Annotated[float, Field(ge=1, le=20)]] = Field(default_factory=dict[str, float])
     """Name of a world to the groups started for one that can be trained, to begin with; 1 for a world that is not
     named. With ``loop.quotas``, which learns it from then on."""
+    verification: VerificationConfig | None = None
+    """Judging its own answers while it gets no better; null: never."""
     noise: NoiseConfig | None = None
     """What makes users vague and tools fail on a part of each group; null: nothing does."""
     reward: RewardConfig = RewardConfig()
@@ -210,6 +225,11 @@ class ExpertConfig(Config):
             raise ValueError(
                 "credit.token_cap: it trains on parts of responses, and this loss speaks of whole ones; set it to null "
                 "or loss.reduction to constant, sequence_band and sequence_cap to null and loss.type not to gspo"
+            )
+        if self.verification is not None and self.verification.world in self.worlds:
+            raise ValueError(
+                f"verification.world: `{self.verification.world}` is among the expert's worlds, and comes beside them; "
+                "take it out of one of the two"
             )
         for world in self.oversample:
             if world not in self.worlds:

@@ -9,9 +9,10 @@ from typing import Any
 from envs.episode import transcript
 from experts.config import EvaluationConfig
 from experts.rollouts import Player
+from posttrain.errors import EngineError
 from posttrain.groups import derive_seed
 from posttrain.protocols import Engine, World
-from posttrain.types import Rollout, Task
+from posttrain.types import Culprit, Rollout, Task
 
 _ATTEMPTS = 3
 """Tries for an episode that infrastructure broke."""
@@ -37,20 +38,30 @@ async def evaluate(
     seed: int,
     on_done: Callable[[], None],
 ) -> list[Rollout]:
-    """One rollout a task, in the order of ``tasks``. Invalid ones keep ``score`` None."""
+    """One rollout a task, in the order of ``tasks``. Invalid ones keep ``score`` None. Raises EngineError
+    if the engine fails."""
     gate = asyncio.Semaphore(config.concurrency)
 
     async def one(task: Task) -> Rollout:
         async with gate:
+            rollout: Rollout | None = None
             for attempt in range(_ATTEMPTS):
                 # The label is not part of the seed: every policy draws the same random numbers on a task.
                 rollout = await player(engine, task, f"{label}/{task.id}/0", label, derive_seed(seed, task.id, attempt))
                 if rollout.valid:
                     break
+            assert rollout is not None  # _ATTEMPTS > 0
+            if rollout.error is not None and rollout.error.culprit is Culprit.ENGINE:  # it serves all, or nobody
+                raise EngineError(f"{rollout.id}: {rollout.error.message}")
             on_done()
-            return rollout  # pyright: ignore[reportPossiblyUnboundVariable]  # _ATTEMPTS > 0
+            return rollout
 
-    return list(await asyncio.gather(*(one(t) for t in tasks)))
+    try:
+        async with asyncio.TaskGroup() as episodes:  # not gather, which would leave the others behind on an error
+            playing = [episodes.create_task(one(t)) for t in tasks]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [p.result() for p in playing]
 
 
 def record(rollout: Rollout) -> dict[str, Any]:

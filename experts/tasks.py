@@ -145,11 +145,8 @@ class TaskStream:
         *,
         curriculum: CurriculumConfig | None = None,
         group_size: int = 1,
-        oversample: Mapping[str, float] | None = None,
     ) -> None:
         self.shares = {n: shares[n] for n in sorted(shares)}
-        self.oversample = dict(oversample or {})
-        """What ``Scheduler`` is to begin with."""
         self._tasks = {n: worlds[n].tasks("train", per_world, seed) for n in self.shares}
         self._seed = seed
         self._curricula = {

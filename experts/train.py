@@ -19,12 +19,11 @@ from rich.progress import Progress
 
 from experts.rollouts import Player
 from experts.stats import batch_stats, reading
-from experts.tasks import TaskStream
 from posttrain.engine.local import LocalEngine
 from posttrain.engine.start import start_engine
-from posttrain.errors import UserError
+from posttrain.errors import EngineError, UserError
 from posttrain.files import write_text
-from posttrain.groups import Group
+from posttrain.groups import Group, TaskSource
 from posttrain.journal import Journal, read_journal, rollout_from_dict, rollout_to_dict
 from posttrain.loop import Loop
 from posttrain.metrics import Metrics
@@ -56,9 +55,15 @@ class Stage:
     engine: LocalEngineConfig
     credit: Credit
     player: Player
-    source: TaskStream
+    source: TaskSource
     """Tasks of the groups."""
+    shares: Mapping[str, float]
+    """World to its part of the groups."""
     seed: int
+    oversample: Mapping[str, float] = field(default_factory=dict[str, float])
+    """World to the groups started for one that can be trained, to begin with."""
+    judging: str | None = None
+    """World of groups that come beside the shares now and then."""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """When to warn, pause or roll back."""
 
@@ -89,19 +94,28 @@ class _RolloutJournal:
 async def run_stage(stage: Stage, run: RunDir, metrics: Metrics, progress: Progress) -> Path:
     """Train, going on from the stage's last checkpoint if there is one. Returns the folder of the trained model.
 
-    Raises Paused, and UserError for a rule that wants more roll backs than there may be."""
+    Raises Paused, UserError for a rule that wants more roll backs than there may be, and EngineError if engines failed
+    more often than there are restarts."""
     bar = progress.add_task(stage.name, total=stage.loop.steps)
+    restarts = 0
     while True:  # a roll back counts itself in the checkpoint, and is refused when there were enough
+        alarm = None
         try:
             folder = await _train(stage, run, metrics, partial(progress.update, bar))
             break
         except _RollBack as wanted:
             alarm = wanted.alarm
+        except EngineError as error:
+            restarts += 1
+            if restarts > stage.engine.restarts:
+                raise
+            log.warning("%s: %s. A new engine goes on from the last checkpoint and the journal", stage.name, error)
         except UserError:
             forget(run.waits_file)  # it has said why it ends
             raise
         # Not in the handler: the error holds on to the trainer that is no more.
-        _roll_back(stage, run, alarm)
+        if alarm is not None:
+            _roll_back(stage, run, alarm)
     forget(run.waits_file)
     return folder
 
@@ -134,7 +148,8 @@ class _Steps:
         self.stage, self.run, self.metrics, self.show, self.trainer = stage, run, metrics, show, trainer
         self.noise = stage.player.noise
         self.path, self.good_path = _checkpoints(run, stage)
-        worlds = [f"outcome/{world}" for world in stage.source.shares]
+        named = [*stage.shares, stage.judging] if stage.judging else stage.shares
+        worlds = [f"outcome/{world}" for world in named]
         self.watch = Watch(stage.watch, f"{stage.key}.watch", worlds)
         self.roll_backs = 0
         self.state: dict[str, Any] = {"finished": [], "accepted": 0}
@@ -172,8 +187,8 @@ class _Steps:
                 trainer=self.trainer,
                 credit=stage.credit,
                 source=stage.source,
-                shares=stage.source.shares,
-                oversample=stage.source.oversample,
+                shares=stage.shares,
+                oversample=stage.oversample,
                 waits_file=self.run.waits_file,
                 run_rollout=stage.player,
                 journal=_RolloutJournal(journal),

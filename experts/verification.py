@@ -10,32 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from envs.episode import transcript
 from envs.worlds.verify import Verify, question
-from posttrain.config import Config
+from experts.config import VerificationConfig
 from posttrain.groups import TaskSource
 from posttrain.journal import task_from_dict, task_to_dict
 from posttrain.types import Rollout, Task
 
 _POOL = 64
 """Judged answers that wait to be asked about; the oldest go first."""
-
-
-class VerificationConfig(Config):
-    """A phase in which a part of the groups judges the expert's own answers."""
-
-    world: str
-    """Name of a world of type verify, which has shown the form in the cold start."""
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Of the groups, while the phase lasts."""
-    window: Annotated[int, Field(ge=2)] = 64
-    """Groups whose mean outcome is compared with that of as many before them."""
-    gain: float = 0.0
-    """The phase lasts while the mean outcome has not risen by more than this."""
 
 
 class SelfVerification:

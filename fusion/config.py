@@ -65,11 +65,16 @@ class PipelineConfig(Config):
             named["general.worlds"] = list(self.general.worlds)
         if self.cold_start is not None:
             named["cold_start.shares"] = list(self.cold_start.shares)
+        judging = judging_of(self)
+        named |= {f"{key}.verification.world": [world] for key, world in judging.items()}
         for key, names in named.items():
             for world in names:
                 if world not in self.worlds:
                     known = ", ".join(sorted(self.worlds))
                     raise ValueError(f"{key}: there is no world `{world}`; `worlds` has: {known}")
+        for key, world in judging.items():
+            if (kind := self.worlds[world].type) != "verify":
+                raise ValueError(f"{key}.verification.world: `{world}` is of type {kind}, not verify")
         for expert in self.experts:
             if expert in ("base", "student", "general"):
                 raise ValueError(f"experts.{expert}: this name is taken by another policy; choose another")
@@ -90,6 +95,12 @@ class PipelineConfig(Config):
         if self.cold_start is None and self.model.type == "longcat2":
             raise ValueError("cold_start: a model that starts at random needs one; set it or use model.type pretrained")
         return self
+
+
+def judging_of(config: PipelineConfig) -> dict[str, str]:
+    """Key of an expert, or of general RL, to the world in which it judges its own answers."""
+    learners = {f"experts.{name}": c for name, c in config.experts.items()} | {"general": config.general}
+    return {key: c.verification.world for key, c in learners.items() if c and c.verification}
 
 
 def domains_of(config: PipelineConfig) -> dict[str, str]:

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from envs.worlds import make_world
+from envs.worlds.verify import Verify
 from experts import cold_start, conversion
 from experts.config import ColdStartConfig, ExpertConfig
 from experts.credit import GroupCredit
@@ -31,7 +32,8 @@ from experts.noise import GroupNoise
 from experts.rollouts import Player
 from experts.tasks import TaskStream
 from experts.train import Stage, run_stage
-from fusion.config import PipelineConfig, domains_of
+from experts.verification import SelfVerification
+from fusion.config import FusionConfig, PipelineConfig, domains_of
 from fusion.credit import TeacherCredit
 from fusion.report import write_report
 from fusion.results import results
@@ -41,7 +43,7 @@ from posttrain.config import digest
 from posttrain.engine.local import LocalEngine
 from posttrain.engine.start import start_engine
 from posttrain.files import remove, write_json
-from posttrain.groups import derive_seed
+from posttrain.groups import TaskSource, derive_seed
 from posttrain.journal import Journal, read_journal
 from posttrain.metrics import Metrics
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
@@ -187,22 +189,21 @@ class Pipeline:
         return await self._by_rewards("general", self.config.general, student, self.digests["fusion"])
 
     async def _by_rewards(self, stage: str, c: ExpertConfig, start: Path, below: str) -> Path:
-        used = {world: self.config.worlds[world] for world in c.worlds}
-        key = self._digest(stage, c, used, self.config.engine, self.config.context, below)
+        named = [*c.worlds, c.verification.world] if c.verification else c.worlds
+        used = {world: self.config.worlds[world] for world in named}
+        key = self._digest(stage, _made_from(c), used, self.config.engine, self.config.context, below)
         await self._stage(stage, key, partial(self._train, stage, c, start))
         return self.run.checkpoint(stage)
 
     async def _train(self, name: str, c: ExpertConfig, start: Path, resumed: bool) -> list[Path]:
         seed = derive_seed(self.config.seed, *name.split("-", 1))
-        source = TaskStream(
-            self.worlds,
-            c.worlds,
-            c.train_tasks,
-            seed,
-            curriculum=c.curriculum,
-            group_size=c.loop.group_size,
-            oversample=c.oversample,
+        source: TaskSource = TaskStream(
+            self.worlds, c.worlds, c.train_tasks, seed, curriculum=c.curriculum, group_size=c.loop.group_size
         )
+        if c.verification is not None:
+            judge = self.worlds[c.verification.world]
+            assert isinstance(judge, Verify)  # the config refuses others
+            source = SelfVerification(source, judge, c.verification, seed)
         budget = c.curriculum and c.curriculum.budget
         # Of groups of any size up to this one, the noisy share is the same on the mean.
         largest = budget.max if budget else c.loop.group_size
@@ -216,7 +217,11 @@ class Pipeline:
             credit=GroupCredit(c.credit, seed),
             player=self._player(start, c.reward, noise=c.noise and GroupNoise(c.noise, largest, seed)),
             source=source,
+            shares=c.worlds,
+            oversample=c.oversample,
+            judging=c.verification and c.verification.world,
             seed=seed,
+            watch=c.watch,
         )
         return [await run_stage(stage, self.run, self.metrics, self.progress)]
 
@@ -225,7 +230,9 @@ class Pipeline:
         c, base = self.config.fusion, await self.base()
         teachers = {self.domains[name]: await self.expert(name) for name in self.config.experts}
         inputs = [self.digests[f"expert-{name}"] for name in self.config.experts]
-        key = self._digest("fusion", c, self.config.engine, self.config.context, self.digests["base"], *inputs)
+        key = self._digest(
+            "fusion", _made_from(c), self.config.engine, self.config.context, self.digests["base"], *inputs
+        )
         await self._stage("fusion", key, partial(self._fuse, base, teachers))
         return self.run.checkpoint("fusion")
 
@@ -248,7 +255,9 @@ class Pipeline:
             credit=TeacherCredit({domain: ModelTeacher(folder) for domain, folder in teachers.items()}),
             player=self._player(base, RewardConfig()),
             source=TaskStream(self.worlds, shares, c.train_tasks, seed),
+            shares=shares,
             seed=seed,
+            watch=c.watch,
         )
         return [await run_stage(stage, self.run, self.metrics, self.progress)]
 
@@ -311,6 +320,11 @@ class Pipeline:
             for rollout in rollouts:
                 out.write(record(rollout))
         return [journal]
+
+
+def _made_from(config: ExpertConfig | FusionConfig) -> dict[str, Any]:
+    """What a stage is made from. Its rules are none of it: they may be changed while it is paused."""
+    return config.model_dump(mode="json", exclude={"watch"})
 
 
 def versions() -> dict[str, str]:

@@ -235,6 +235,14 @@ def main() -> None:
         paused = isinstance(error, Paused)
         print(error if paused else f"error: {error}", file=sys.stderr)
         raise SystemExit(3 if paused else 2) from None
+    except OSError as error:
+        from posttrain.files import no_room
+
+        if not no_room(error):
+            raise
+        where = error.filename or "a file"
+        print(f"error: {where}: the disk is full. Make room there; the same command goes on", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

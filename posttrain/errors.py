@@ -16,6 +16,10 @@ class ConfigError(UserError):
     """Names the file, the key and the cure."""
 
 
+class DiskFull(UserError):
+    """Names what was being written; what is there is whole."""
+
+
 class ToolError(Exception):
     """A tool failed the way tools fail: its text goes to the model."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -11,8 +12,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import DiskFull
+
 _serial = itertools.count()
 _MARK = ".partial-"
+
+
+@contextmanager
+def needs_room(path: str | Path) -> Iterator[None]:
+    """The block writes ``path``: raises DiskFull if what it raises says that there is no room."""
+    try:
+        yield
+    except Exception as error:
+        if no_room(error):
+            raise DiskFull(
+                f"{path}: the disk is full. Make room there; the same command goes on from what is written"
+            ) from None
+        raise
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Whether the disk was full. Some writers have it in their text alone, or behind an error of their own."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -20,7 +45,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     partial = _beside(path)
     try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
+        with needs_room(path), open(partial, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -6,6 +6,7 @@ Torn last lines are cut off when the journal is opened and passed over by reader
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
+from posttrain.files import needs_room
 from posttrain.types import (
     Choices,
     Culprit,
@@ -41,12 +43,13 @@ class Journal:
         os.ftruncate(self._fd, _whole(self._fd))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record. Raises OSError, leaving the journal as it was, if the disk is full."""
+        """Append one record. Raises DiskFull, leaving the journal as it was."""
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        written = os.write(self._fd, line)
-        if written != len(line):
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
-            raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+        with needs_room(self.path):
+            written = os.write(self._fd, line)
+            if written != len(line):
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+                raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes fitted")
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Every record written so far, oldest first."""

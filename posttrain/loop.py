@@ -32,6 +32,7 @@ from typing import Any
 from posttrain import waits
 from posttrain.engine.lockstep import Lockstep
 from posttrain.engine.pinned import Pinned
+from posttrain.errors import EngineError
 from posttrain.groups import (
     Group,
     Journal,
@@ -49,7 +50,7 @@ from posttrain.protocols import Credit, Engine
 from posttrain.scheduler import Scheduler
 from posttrain.settings import LoopConfig
 from posttrain.trainer import Trainer
-from posttrain.types import Rollout, StopReason, Task
+from posttrain.types import Culprit, Rollout, StopReason, Task
 
 log = logging.getLogger(__name__)
 
@@ -258,8 +259,9 @@ class Loop:
 
     async def _one(self, engine: Engine, group: Group, index: int) -> Rollout:
         name, attempts = f"{self.name}/{group.number}", self._attempts[group.number]
+        rollout: Rollout | None = None
         try:
-            for _ in range(self.config.attempts):
+            for tried in range(self.config.attempts):
                 attempt = attempts[index]
                 attempts[index] += 1
                 rollout_id = f"{name}/{index}" + (f".{attempt}" if attempt else "")
@@ -271,8 +273,14 @@ class Loop:
                     break
                 self._counts["retries"] += 1
                 log.warning("%s: %s (%s)", rollout_id, rollout.stop, rollout.error and rollout.error.message)
+                if tried + 1 < self.config.attempts:
+                    with waits.acting(rollout_id), waits.waiting("what broke to come back"):
+                        await asyncio.sleep(self.config.retry_s * 2**tried)
+            assert rollout is not None  # attempts > 0
+            if rollout.error is not None and rollout.error.culprit is Culprit.ENGINE:  # it serves all, or nobody
+                raise EngineError(f"{rollout.id}: {rollout.error.message}")
             self.books.rollout_done(group.number)
-            return rollout  # pyright: ignore[reportPossiblyUnboundVariable]  # attempts > 0
+            return rollout
         finally:
             if isinstance(self.engine, Lockstep):
                 self.engine.leave()

@@ -26,7 +26,8 @@ class Engine(Protocol):
     """Samples from a policy. Log-probs it returns equal the trainer's for the same weights and tokens."""
 
     async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
-        """Continue ``ids``. Raises EngineError if the engine died or the bound on the wait ran out."""
+        """Continue ``ids``. Raises EngineError if the engine died, the bound on the wait ran out, or the version that
+        the request is pinned to is not resident, or is dropped meanwhile."""
         ...
 
     async def load(self, weights: Weights, keep: Collection[int] = ()) -> None:

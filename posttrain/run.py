@@ -190,6 +190,13 @@ def _checked(stage: str) -> str:
     return stage
 
 
+class _LogFile(logging.FileHandler):
+    """A full disk is reported by what cannot do without it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Not to the terminal, line by line."""
+
+
 def start_logging(file: str | Path, *, verbose: bool = False) -> None:
     """Our loggers from INFO on, everybody else's warnings, to ``file``; to the terminal what is a warning or our own.
 
@@ -202,7 +209,7 @@ def start_logging(file: str | Path, *, verbose: bool = False) -> None:
     for handler in [h for h in root.handlers if h.get_name() == "posttrain"]:
         root.removeHandler(handler)
         handler.close()
-    to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
+    to_file = _LogFile(file, encoding="utf-8", delay=True)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s  %(message)s"))
     to_terminal = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S", markup=False)
     for handler in (to_file, to_terminal):

@@ -43,6 +43,8 @@ class LocalEngineConfig(Config):
     """CPU threads of the process."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Bound on the wait for any answer, in seconds."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often a stage of training may start a new engine because the one before failed."""
     draft_steps: Annotated[int, Field(ge=0)] = 0
     """Tokens that the model's draft block proposes at once, at most its ``mtp_num_layers``: for speed, with the same
     tokens in the end."""
@@ -169,6 +171,8 @@ class LoopConfig(Config):
     """With quotas: how much more than its share of a batch a world may have."""
     attempts: Annotated[int, Field(gt=0)] = 3
     """Tries for a rollout that infrastructure broke."""
+    retry_s: Annotated[float, Field(ge=0)] = 1.0
+    """Seconds before the second of them, twice as many before each later one: what broke may come back."""
     max_invalid_groups: Annotated[int, Field(gt=0)] = 8
     """Worthless groups in a row after which the run stops."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 5

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from posttrain import determinism, objective
 from posttrain.batch import Batch, pack
 from posttrain.errors import UserError
+from posttrain.files import needs_room
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.model.layer import LayerReplay
 from posttrain.model.outputs import Longcat2CausalOutput
@@ -221,7 +222,8 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """The policy in Hugging Face format, adapters merged."""
-        self.base_model().save_pretrained(folder)
+        with needs_room(folder):
+            self.base_model().save_pretrained(folder)
 
     def base_model(self) -> PreTrainedModel:
         """The plain model with what was learned in it. With adapters this merges them: call it at the end."""
@@ -266,7 +268,7 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint that is either whole or absent."""
     temporary = path.with_suffix(".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
+    with needs_room(path), open(temporary, "wb") as file:
         torch.save(dict(state), file)
         file.flush()
         os.fsync(file.fileno())

@@ -6,12 +6,15 @@ Both sides derive the layout from the model itself (``state_dict`` order), so no
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from posttrain.errors import UserError
 
 SHM = "shm:"
 _ALIGN = 64
@@ -49,7 +52,23 @@ class SharedWeights:
         self._owner = name is None
         # The tracker process is shared with spawned children, so an attached block is registered once, as it should be.
         self._memory = SharedMemory(name=name, create=self._owner, size=max(size, 1))
+        if self._owner and Path("/dev/shm").is_dir():
+            self._claim(max(size, 1))
         self.name = self._memory.name
+
+    def _claim(self, size: int) -> None:
+        """Have the memory now: a write to memory that is not to be had later would be a bus error."""
+        fd = os.open(f"/dev/shm/{self._memory.name.lstrip('/')}", os.O_RDWR)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError:
+            self.close()
+            raise UserError(
+                f"/dev/shm: there is no room for {size / 2**20:.0f} MiB of weights that trainer and engine share. Make "
+                "it larger: mount -o remount,size=, or docker run --shm-size="
+            ) from None
+        finally:
+            os.close(fd)
 
     def _view(self, key: str, like: Tensor) -> Tensor:
         return torch.frombuffer(self._memory.buf, dtype=like.dtype, count=like.numel(), offset=self._offsets[key]).view(

@@ -49,9 +49,9 @@ def write_config(folder: Path, max_staleness: int) -> Path:
     return path
 
 
-def start(config: Path, out: Path) -> subprocess.Popen[bytes]:
+def start(config: Path, out: Path, log_file: Path | None = None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "posttrain.cli", "expert", str(config), "interaction", "--out", str(out)]
-    with open(out.with_suffix(".log"), "ab") as log:
+    with open(log_file or out.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 

@@ -26,7 +26,7 @@ _starting: Counter[str | None] = Counter()
 def least_loaded(hosts: Sequence[str | None]) -> Iterator[tuple[DockerClient, str | None]]:
     """A client of the engine to use, and its name; counted as busier while the block lasts; closed if the block raises.
 
-    Raises ConfigError if the only engine does not answer, SandboxError if none of several does.
+    Raises SandboxError if none answers.
     """
     client, host = _pick(hosts)
     try:
@@ -41,7 +41,10 @@ def least_loaded(hosts: Sequence[str | None]) -> Iterator[tuple[DockerClient, st
 
 def _pick(hosts: Sequence[str | None]) -> tuple[DockerClient, str | None]:
     if len(hosts) == 1:
-        answering = [(0.0, 1.0, hosts[0], connect(hosts[0]))]
+        try:
+            answering = [(0.0, 1.0, hosts[0], connect(hosts[0]))]
+        except ConfigError as error:  # it answered when the run began: it may come back, so no mistake of the config's
+            raise SandboxError(str(error)) from error
     else:
         answering = _ask(hosts)
     with _lock:

@@ -122,7 +122,7 @@ def close_pools() -> None:
 async def open_docker(config: DockerConfig, run: str = "") -> ShellSandbox:
     """A sandbox in a container that nobody has used: a ready one if there is one.
 
-    Raises ConfigError when the engine or the image is missing, SandboxError when the engine refuses or is too slow.
+    Raises ConfigError when the image is missing, SandboxError when the engine is gone, refuses or is too slow.
     """
 
     def have() -> ShellSandbox:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 from collections.abc import Callable, Collection, Coroutine, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -30,6 +29,7 @@ SLOTS, MAX_CONTEXT = 8, 240
 TOLERANCE = 1e-4
 
 T = TypeVar("T")
+Turn = tuple[tuple[int, ...], Completion]
 Start = Callable[[Path], Coroutine[Any, Any, Engine]]
 
 
@@ -78,9 +78,11 @@ class Bench:
         self.model, self.version = model, self.version + 1
 
     async def take(self, model: PreTrainedModel, keep: Collection[int] = ()) -> int:
-        """The same while others wait for the engine. Returns the version."""
-        with published(model) as where:
-            await self.engine.load(Weights(version=self.version + 1, where=where), keep)
+        """The same through shared memory, while others wait for the engine. Returns the version."""
+        shared = SharedWeights(state_of(model))
+        shared.write(state_of(model))
+        await self.engine.load(Weights(version=self.version + 1, where=SHM + shared.name), keep)
+        shared.close()
         self.model, self.version = model, self.version + 1
         return self.version
 
@@ -102,15 +104,6 @@ class Bench:
         return self.runner.run(scenario())
 
 
-@contextmanager
-def published(model: PreTrainedModel) -> Iterator[str]:
-    """Where its weights lie, for as long."""
-    shared = SharedWeights(state_of(model))
-    shared.write(state_of(model))
-    yield SHM + shared.name
-    shared.close()
-
-
 @pytest.fixture(scope="module", params=[(s, k) for s in STARTS for k in KINDS[s]], ids=lambda p: "-".join(p))
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """One engine for all tests of a model; a test that loads weights keeps ``model`` and ``version`` true."""
@@ -128,11 +121,9 @@ def test_is_an_engine(bench: Bench) -> None:
     assert isinstance(bench.engine, Engine)
 
 
-async def _conversation(
-    engine: Engine, rng: Random, seed: int, version: int | None = None
-) -> list[tuple[tuple[int, ...], Completion]]:
+async def _conversation(engine: Engine, rng: Random, seed: int, version: int | None = None) -> list[Turn]:
     """Three turns: every prompt is the context so far and what somebody else added."""
-    ids, turns = make_ids(rng, rng.randint(1, 60)), list[tuple[tuple[int, ...], Completion]]()
+    ids, turns = make_ids(rng, rng.randint(1, 60)), list[Turn]()
     for turn in range(3):
         sampling = Sampling(max_tokens=rng.randint(1, 30), seed=seed + turn, version=version)
         turns.append((ids, await engine.generate(ids, sampling)))
@@ -144,7 +135,7 @@ def test_logprobs_equal_the_trainers(bench: Bench) -> None:
     """Conversations of all lengths side by side, more than there are slots, and groups of one prompt."""
     prompts = [make_ids(Random(n), n) for n in (40, 7)]
 
-    async def crowd() -> list[tuple[tuple[int, ...], Completion]]:
+    async def crowd() -> list[Turn]:
         talks = asyncio.gather(*(_conversation(bench.engine, Random(i), 10 * i) for i in range(3 * SLOTS)))
         asked = [(p, Sampling(max_tokens=20, seed=1000 + i)) for p in prompts for i in range(SLOTS)]
         groups = await asyncio.gather(*(bench.engine.generate(p, s) for p, s in asked))
@@ -249,8 +240,7 @@ def test_after_a_load_everything_comes_from_the_new_weights(bench: Bench, by: st
     old = bench.run(*requests)
     model = bench.another()
     if by == "shm":
-        with published(model) as where:
-            bench.load(model, where)
+        bench.runner.run(bench.take(model))
     else:
         model.save_pretrained(tmp_path)
         bench.load(model, str(tmp_path))
@@ -262,20 +252,16 @@ def test_after_a_load_everything_comes_from_the_new_weights(bench: Bench, by: st
     assert [c.ids for c in new[:4]] != [c.ids for c in old]
 
 
-def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench, tmp_path: Path) -> None:
-    prompt = make_ids(Random(6), 20)
-    model = bench.another()
-    model.save_pretrained(tmp_path)
-    before = bench.version
+def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench) -> None:
+    prompt, before = make_ids(Random(6), 20), bench.version
 
     async def span() -> Completion:
         long = asyncio.create_task(bench.engine.generate(prompt, Sampling(max_tokens=200, seed=1)))
         await bench.engine.generate(prompt, Sampling(max_tokens=5, seed=2))  # now the long one is under way
-        await bench.engine.load(Weights(version=before + 1, where=str(tmp_path)))
+        await bench.take(bench.another())
         return await long
 
     old_trainer, completion = bench.trainer(), bench.runner.run(span())
-    bench.model, bench.version = model, before + 1
     count = completion.versions.count(before)
     assert 5 <= count < 200
     assert completion.versions == (before,) * count + (before + 1,) * (200 - count)
@@ -312,13 +298,12 @@ def test_a_pinned_request_is_bit_for_bit_that_of_an_engine_of_its_version(bench:
 
 def test_pinned_conversations_go_on_while_newer_versions_come(bench: Bench, tmp_path: Path) -> None:
     """All lengths, more than there are slots; the newest serves requests that are not pinned at the same time."""
-    talks = range(2 * SLOTS)
 
-    async def talk(engine: Engine, version: int | None = None) -> list[tuple[tuple[int, ...], Completion]]:
-        turns = await asyncio.gather(*(_conversation(engine, Random(i), 10 * i, version) for i in talks))
+    async def talk(engine: Engine, version: int | None = None) -> list[Turn]:
+        turns = await asyncio.gather(*(_conversation(engine, Random(i), 10 * i, version) for i in range(12)))
         return [t for turn in turns for t in turn]
 
-    async def meanwhile() -> tuple[list[tuple[tuple[int, ...], Completion]], list[Completion]]:
+    async def meanwhile() -> tuple[list[Turn], list[Completion]]:
         version, others = bench.version, list[Completion]()
         task = asyncio.create_task(talk(bench.engine, version))
         while not task.done():
@@ -333,14 +318,13 @@ def test_pinned_conversations_go_on_while_newer_versions_come(bench: Bench, tmp_
         assert a.versions == (version,) * len(a.ids)
         assert a.logprobs == pytest.approx(b.logprobs, abs=TOLERANCE)
     assert trainer_gap(trainer, got) < TOLERANCE
-    assert len(others) >= 2
-    assert [c.versions for c in others] == [(version + n,) * 5 for n in range(len(others))]
+    assert len(others) > 1 and [c.versions for c in others] == [(version + n,) * 5 for n in range(len(others))]
 
 
 def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: Bench) -> None:
     prompts = [make_ids(Random(i), 10 + i) for i in range(3)]
 
-    async def drop() -> tuple[int, list[Any], list[Completion], list[Completion]]:
+    async def drop() -> tuple[list[Any], list[Completion], list[Completion]]:
         old = await bench.take(bench.another())
         kept = await bench.take(bench.another(), keep=[old])
 
@@ -355,10 +339,10 @@ def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: B
         async with asyncio.timeout(60):
             failures = await asyncio.gather(*doomed, return_exceptions=True)
         assert not any(t.done() for t in pinned)
-        return old, failures, await asyncio.gather(*pinned), await asyncio.gather(*free)
+        return failures, await asyncio.gather(*pinned), await asyncio.gather(*free)
 
-    old, failures, pinned, free = bench.runner.run(drop())
-    kept, newest = old + 1, old + 2
+    failures, pinned, free = bench.runner.run(drop())
+    old, kept, newest = (bench.version - n for n in (2, 1, 0))
     resident = rf"resident are {kept}, {newest} \(newest: {newest}\)"
     for failure in failures:
         with pytest.raises(EngineError, match=rf"^version {old} was dropped before its request ended: {resident}$"):

@@ -5,13 +5,34 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from rich.progress import Progress
+
+from envs.worlds import RequestsConfig, make_world
 from envs.worlds.base import play, say
 from envs.worlds.rules import Rules, RulesConfig
 from envs.worlds.verify import Verify, VerifyConfig, question
+from experts.config import ExpertConfig, VerificationConfig
+from experts.credit import GroupCredit, GroupCreditConfig
+from experts.rollouts import Player
 from experts.tasks import TaskStream
-from experts.verification import SelfVerification, VerificationConfig
+from experts.train import Stage, run_stage
+from experts.verification import SelfVerification
+from fusion.config import PipelineConfig
+from posttrain.chat import Chat
+from posttrain.config import Config
+from posttrain.journal import read_journal, rollout_from_dict
+from posttrain.metrics import Metrics
+from posttrain.objective_settings import DppoLoss
+from posttrain.run import RunDir
+from posttrain.settings import LocalEngineConfig, LoopConfig, TrainerConfig
 from posttrain.types import Message, Rollout, Score, StopReason, Task
+from rewards import RewardConfig
+from tests.posttrain.tiny import make_model, make_tokenizer
 
 RULES = Rules(RulesConfig(), "rules")
 VERIFY = Verify(VerifyConfig(of=RulesConfig()), "verify")
@@ -119,3 +140,83 @@ def test_the_split_is_the_judged_worlds() -> None:
     for split in ("train", "demo"):
         shown = {t.prompt[0].content.split("\nanswer ")[0] for t in VERIFY.tasks(split, 200, 0)}
         assert len(shown) > 100 and not shown & held_out
+
+
+class Nothing(Config):
+    """The config of a run directory."""
+
+
+class StalledPlayer(Player):
+    """A third of every group is right, however it learns; verdicts are what they are."""
+
+    def _score(self, rollout: Rollout, outcome: float) -> Score:
+        if rollout.task.world == "requests":
+            outcome = float(rollout.id.endswith("/0"))
+        return Score(value=outcome, outcome=outcome)
+
+
+def stalled(folder: Path, name: str, steps: tuple[int, ...]) -> tuple[RunDir, dict[str, Any]]:
+    """A stage of an expert that gets no better, ended and gone on with after each of ``steps`` but the last."""
+    model = folder / "model"
+    if not model.exists():
+        make_model("longcat2", vocab_size=len(make_tokenizer())).save_pretrained(model)
+        make_tokenizer().save_pretrained(model)
+    given = {"requests": RequestsConfig(), "verify": VerifyConfig(of=RequestsConfig())}
+    for last in steps:
+        worlds = {n: make_world(c, n) for n, c in given.items()}
+        judge = worlds["verify"]
+        assert isinstance(judge, Verify)
+        stage = Stage(
+            name="expert-toy",
+            start=model,
+            loop=LoopConfig(steps=last, groups_per_step=2, group_size=3, max_staleness=0, checkpoint_every=1),
+            trainer=TrainerConfig(lr=1e-3, warmup_steps=0, decay=False),
+            loss=DppoLoss(constant_length=8),
+            engine=LocalEngineConfig(slots=8, max_context=128),
+            credit=GroupCredit(GroupCreditConfig()),
+            player=StalledPlayer(worlds, Chat(make_tokenizer()), RewardConfig()),
+            source=SelfVerification(TaskStream(worlds, {"requests": 1.0}, 20, 3), judge, CONFIG, 3),
+            shares={"requests": 1.0},
+            judging="verify",
+            seed=3,
+        )
+        with RunDir.open(folder / name, Nothing()) as run:
+            metrics = Metrics(run.metrics_file)
+            asyncio.run(run_stage(stage, run, metrics, Progress(disable=True)))
+            metrics.close()
+    return run, torch.load(run.checkpoint("expert-toy") / "state.pt", weights_only=True)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def test_a_stage_that_stalls_judges_its_own_answers_and_a_resumed_one_the_same(tmp_path: Path) -> None:
+    run, state = stalled(tmp_path, "one", (10,))
+    rollouts = {r.id: r for r in map(rollout_from_dict, read_journal(run.rollouts("expert-toy")))}
+    verdicts = [r for r in rollouts.values() if r.task.world == "verify"]
+    assert len(verdicts) >= 9, "of 16 groups of three in the phase, half may ask"
+    for rollout in verdicts:
+        judged = rollouts[rollout.task.id.removesuffix("/verify")]
+        assert rollout.task.data["right"] == judged.id.endswith("/0")
+        assert rollout.task.data["weight"] == pytest.approx(1 / 3)
+        first, answer = rollout.task.prompt[0].content, judged.messages[-1].content
+        assert first.startswith(judged.task.prompt[0].content) and f"answer {answer}\n" in first
+    asked = [r["step"] for r in read_journal(run.metrics_file) if "outcome/verify" in r]
+    assert asked and min(asked) > 4, "twice a window of four groups, two a step, come first"
+    _, other = stalled(tmp_path, "other", (6, 10))
+    assert other["source"] == state["source"]
+    assert all(torch.equal(other["trainer"]["model"][k], v) for k, v in state["trainer"]["model"].items())
+
+
+@pytest.mark.parametrize(
+    ("world", "said"),
+    [
+        ("nowhere", "experts.reasoning.verification.world: there is no world `nowhere`"),
+        ("chains", "verification.world: `chains` is among the expert's worlds"),
+        ("rules", "experts.reasoning.verification.world: `rules` is of type rules, not verify"),
+    ],
+)
+def test_a_wrong_world_is_refused_with_the_config(world: str, said: str) -> None:
+    expert = {"worlds": {"chains": 1}, "verification": {"world": world}}
+    worlds = {"chains": {"type": "chains"}, "rules": {"type": "rules"}}
+    given = {"model": {"type": "pretrained", "path": Path("m")}, "worlds": worlds, "experts": {"reasoning": expert}}
+    with pytest.raises(ValueError, match=said):
+        PipelineConfig.model_validate(given)
+    assert ExpertConfig.model_validate({**expert, "worlds": {"other": 1}}).verification is not None

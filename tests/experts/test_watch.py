@@ -94,6 +94,7 @@ class Bench:
             credit=GroupCredit(GroupCreditConfig()),
             player=player,
             source=TaskStream(worlds, {"requests": 1.0}, 20, seed=3),
+            shares={"requests": 1.0},
             seed=3,
             watch=watch,
         )

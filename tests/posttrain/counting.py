@@ -170,7 +170,15 @@ class Counting:
 
 def config(**changes: Any) -> LoopConfig:
     return LoopConfig(
-        **{"steps": 4, "groups_per_step": 2, "group_size": 2, "max_running": 6, "wait_s": 20.0, **changes}
+        **{
+            "steps": 4,
+            "groups_per_step": 2,
+            "group_size": 2,
+            "max_running": 6,
+            "wait_s": 20.0,
+            "retry_s": 0.0,
+            **changes,
+        }
     )
 
 

@@ -279,6 +279,7 @@ def hang(folder: Path) -> None:
         credit=GroupCredit(GroupCreditConfig()),
         player=Player(worlds, Chat(make_tokenizer()), RewardConfig()),
         source=TaskStream(worlds, {"hanging": 1.0}, 1, seed=1),
+        shares={"hanging": 1.0},
         seed=1,
     )
     with RunDir.open(folder / "run", Nothing()) as run:
