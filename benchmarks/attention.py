@@ -63,6 +63,9 @@ class Pair:
         self.config = Longcat2Config(num_layers=1, max_position_embeddings=1 << 18, **fields)
         torch.manual_seed(0)
         self.modules = [LongcatMLA(self.config, half).to(device, dtype).eval() for half in (0, 1)]
+        for name, module in [n for m in self.modules for n in m.named_modules()]:
+            if name.endswith("weights_proj"):  # as in the whole model, which keeps it in float32
+                module.float()
         self.columns, self.device = past + tokens, device
         self.x = torch.randn(1, tokens, self.config.hidden_size, device=device, dtype=dtype)
         width = self.config.num_attention_heads * self.config.v_head_dim
@@ -188,9 +191,9 @@ def show(prefill: dict[int, list[dict[str, float]]], decode: dict[int, list[dict
     table.add_column("with HI: indexer", justify="right")
     table.add_column("LSA/dense", justify="right")
     for n, (dense, lsa, pages) in prefill.items():
-        row = [n, *(f"{x:.0f}" for x in (dense["core"], lsa["core"])), f"{lsa['core'] / dense['core']:.3f}"]
-        row += [f"{lsa['index']:.0f}", f"{lsa['attend'] / n * 1000:.1f}", f"{lsa['whole'] / dense['whole']:.3f}"]
-        row += [f"{pages['index']:.0f}", f"{pages['core'] / dense['core']:.3f}"]
+        row = [n, *(f"{x:.4g}" for x in (dense["core"], lsa["core"])), f"{lsa['core'] / dense['core']:.3f}"]
+        row += [f"{lsa['index']:.4g}", f"{lsa['attend'] / n * 1000:.3g}", f"{lsa['whole'] / dense['whole']:.3f}"]
+        row += [f"{pages['index']:.4g}", f"{pages['core'] / dense['core']:.3f}"]
         table.add_row(*map(str, row))
     console.print(table)
     table = Table(title="decode, ms a token (two attentions)")

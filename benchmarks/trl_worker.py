@@ -1,8 +1,10 @@
 """What TRL's ``AsyncGRPOTrainer`` needs on a CPU: attention over packed segments, and a worker that makes its rollouts.
 
-The worker is as good as it can be made of transformers alone. It has a process of its own (as a thread it fights the
-trainer for Python's lock), samples a step's groups in one batch, with a bare loop of forwards over a growing cache,
-lets many groups wait at once, and takes the newest weights from shared memory before every batch.
+There are two workers. The plain one is what transformers gives: a thread that calls ``generate`` for one group after
+the other. The batching one is what it becomes when one builds an engine for it, with this repository's ideas: a process
+of its own (a thread fights the trainer for Python's lock) that samples a whole step's groups in one batch, by a bare
+loop of forwards over a growing cache. Both let many groups wait at once, and take the newest weights before every
+batch.
 
 Shapes: B rows, T tokens, N and M tokens of a segment and of what it sees, V vocabulary.
 """
@@ -90,12 +92,12 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, softmax_scal
 
 
 class Shared(NamedTuple):
-    """What trainer and worker have in common."""
+    """What trainer and worker have in common; of ``threading`` or of ``multiprocessing``."""
 
     weights: dict[str, Tensor]
     lock: Any
     """Around the weights."""
-    version: Any
+    version: list[int] | Any
     samples: Any
     """The trainer's queue."""
     stop: Any
@@ -104,25 +106,29 @@ class Shared(NamedTuple):
 class Worker:
     """Implements TRL's ``RolloutWorkerProtocol`` and ``WeightTransferProtocol``."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, batching: bool) -> None:
         new, model = multiprocessing.get_context("spawn"), load_any(work.model, torch.float32)
         weights = {n: p.detach().clone().share_memory_() for n, p in model.named_parameters()}
-        self._shared = Shared(weights, new.Lock(), new.Value("i", 0), new.Queue(), new.Event())
+        version = new.Array("i", [0])
+        if batching:
+            self._shared = Shared(weights, new.Lock(), version, new.Queue(), new.Event())
+            self._worker = new.Process(target=make_samples, args=(work, self._shared, True), daemon=True)
+        else:
+            self._shared = Shared(weights, threading.Lock(), version, queue.Queue[Any](), threading.Event())
+            self._worker = threading.Thread(target=make_samples, args=(work, self._shared, False), daemon=True)
         self.rollout_buffer, self.metrics_queue = self._shared.samples, queue.Queue[Any]()
-        self._process = new.Process(target=make_samples, args=(work, self._shared), daemon=True)
-        self.start = self._process.start
+        self.start = self._worker.start
 
     def stop(self) -> None:
         self._shared.stop.set()
-        self._process.join(10)
-        self._process.kill()
+        self._worker.join(10)
 
     def update_model_version(self, model_version: int) -> None:
-        self._shared.version.value = model_version
+        self._shared.version[0] = model_version
 
     def check_health(self, stale_after_s: float) -> None:
-        if not self._process.is_alive():
-            raise RuntimeError(f"the rollout worker ended with exit code {self._process.exitcode}; see stderr")
+        if not self._worker.is_alive():
+            raise RuntimeError("the rollout worker ended; see stderr")
 
     @torch.no_grad()
     def send_weights(self, iterator: Iterator[tuple[str, Tensor]]) -> None:
@@ -136,27 +142,29 @@ class Worker:
     init_weight_transfer = pause = resume = destroy = nothing
 
 
-def make_samples(work: Work, shared: Shared) -> None:
-    """The worker's process."""
-    torch.set_num_threads(1)
-    shared.samples.cancel_join_thread()
+def make_samples(work: Work, shared: Shared, batching: bool) -> None:
+    """What the worker's process or thread does."""
+    if batching:
+        torch.set_num_threads(1)
+        shared.samples.cancel_join_thread()
+    at_once, draw = (work.groups, sample) if batching else (1, generate)
     model, tokenizer = load_any(work.model, torch.float32), AutoTokenizer.from_pretrained(work.model)
-    owner = multiprocessing.parent_process()
+    owner = multiprocessing.parent_process() if batching else threading.main_thread()
     waiting: list[threading.Timer] = []
-    for first in itertools.count(0, work.groups):
+    for first in itertools.count(0, at_once):
         # What lies in the queue counts: ever more would lie there, and be too old when it is taken.
-        while len(waiting) + shared.samples.qsize() / work.size > work.groups * (work.staleness - 1):
+        while len(waiting) + shared.samples.qsize() / work.size > work.groups * work.staleness - at_once:
             time.sleep(0.002)
             waiting = [t for t in waiting if t.is_alive()]
             if shared.stop.is_set() or owner is None or not owner.is_alive():
                 return
-        version = shared.version.value
+        version = shared.version[0]
         with shared.lock, torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(shared.weights[name])
-        groups = range(first, first + work.groups)
+        groups = range(first, first + at_once)
         prompts = [tokenizer.encode(work.text(g)) for g in groups for _ in range(work.size)]
-        ids, logprobs = sample(model, torch.tensor(prompts), work.tokens)
+        ids, logprobs = draw(model, torch.tensor(prompts), work.tokens)
         for place, group in zip(range(0, len(ids), work.size), groups, strict=True):
             rows = slice(place, place + work.size)
             made = to_trl(work, prompts[rows], ids[rows], logprobs[rows], group, version)
@@ -178,6 +186,18 @@ def sample(model: Any, ids_BT: Tensor, tokens: int) -> tuple[list[list[int]], li
         ids.append(new_B1)
         logprobs.append(logprobs_BV.gather(1, new_B1))
     return torch.cat(ids, 1).tolist(), torch.cat(logprobs, 1).tolist()
+
+
+@torch.inference_mode()
+def generate(model: Any, ids_BT: Tensor, tokens: int) -> tuple[list[list[int]], list[list[float]]]:
+    """The same, as transformers does it."""
+    asked = {"max_new_tokens": tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    out = model.generate(
+        ids_BT, attention_mask=torch.ones_like(ids_BT), **asked, return_dict_in_generate=True, output_logits=True
+    )
+    ids_BN = out.sequences[:, ids_BT.shape[1] :]
+    logprobs_BNV = torch.stack(out.logits, 1).log_softmax(-1)
+    return ids_BN.tolist(), logprobs_BNV.gather(2, ids_BN[..., None])[..., 0].tolist()
 
 
 def to_trl(

@@ -168,8 +168,9 @@ async def run_episode(
 
 async def _within(task: Task, what: str, awaited: Awaitable[T]) -> T:
     """``awaited`` in the episode's time. Its end is no time-out of the agent's, but an error of whom was waited for."""
+    clock = asyncio.timeout(task.limits.timeout_s)
     try:
-        async with asyncio.timeout(task.limits.timeout_s) as clock:
+        async with clock:
             return await awaited
     except TimeoutError as error:
         if not clock.expired():

@@ -6,13 +6,14 @@ speaks of token t, whose log-prob comes from the logits at t-1; position 0 is ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.prompts import Prompts, shared, stack, without
 from posttrain.types import Choices, Sample
 
 
@@ -35,15 +36,23 @@ class Batch:
     columns_BTLOK: Tensor | None = None
     """Recorded columns of every layer's indexers, int32, -1 where there is none; only on demand."""
 
+    prompts: Prompts | None = None
+    """What the sequences continue, if they share it; the tensors above then begin with its last token."""
+
     def to(self, device: torch.device) -> Batch:
         """The same batch elsewhere."""
         moved = {f.name: t.to(device) for f in fields(self) if (t := getattr(self, f.name)) is not None}
         return replace(self, **moved)
 
 
-def pack(samples: Sequence[Sample], tokens_per_micro_batch: int, choices: bool = False) -> list[Batch]:
+def pack(
+    samples: Sequence[Sample], tokens_per_micro_batch: int, choices: bool = False, share: bool = False
+) -> list[Batch]:
     """Micro-batches of at most that many padded tokens, similar lengths together. Deterministic; at least one
-    sequence a micro-batch, however long. ``choices``: with what the model chose, which every sample must have."""
+    sequence a micro-batch, however long. ``choices``: with what the model chose, which every sample must have.
+    ``share``: what samples begin with is in ``prompts``, if that saves something."""
+    if share and (groups := shared(samples)):
+        return _pack_groups(groups, tokens_per_micro_batch)
     order = sorted(samples, key=lambda s: (-len(s.ids), s.rollout))
     chunks: list[list[Sample]] = []
     for sample in order:
@@ -58,6 +67,25 @@ def pack(samples: Sequence[Sample], tokens_per_micro_batch: int, choices: bool =
         ]
         batches = [replace(b, slots_BTLK=s, columns_BTLOK=c) for b, (s, c) in zip(batches, recorded, strict=True)]
     return batches
+
+
+def _pack_groups(groups: Mapping[tuple[int, ...], Sequence[Sample]], size: int) -> list[Batch]:
+    """Whole groups together, those whose prompts are as long."""
+    tails = {prompt: [without(s, len(prompt)) for s in rows] for prompt, rows in groups.items()}
+    longest = {prompt: max(len(s.ids) for s in rows) for prompt, rows in tails.items()}
+    chunks: list[tuple[list[tuple[int, ...]], list[Sample]]] = []
+    width = 0
+    for prompt in sorted(tails, key=lambda p: (-len(p), -longest[p], tails[p][0].rollout)):
+        for tail in sorted(tails[prompt], key=lambda s: (-len(s.ids), s.rollout)):
+            prompts, rows = chunks[-1] if chunks else ([()], list[Sample]())
+            fits = (len(rows) + 1) * max(width, len(tail.ids)) + len({*prompts, prompt}) * len(prompt) <= size
+            if not chunks or len(prompts[0]) != len(prompt) or not fits:
+                chunks.append(([], []))
+                (prompts, rows), width = chunks[-1], 0
+            prompts.append(prompt)
+            rows.append(tail)
+            width = max(width, len(tail.ids))
+    return [replace(_tensors(rows), prompts=stack(prompts) if prompts[0] else None) for prompts, rows in chunks]
 
 
 def _tensors(samples: Sequence[Sample]) -> Batch:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,14 @@ from posttrain import determinism, objective
 from posttrain.batch import Batch, pack
 from posttrain.errors import UserError
 from posttrain.files import needs_room
+from posttrain.logprobs import bare, plain_head, token_logprobs
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.model.layer import LayerReplay
 from posttrain.model.outputs import Longcat2CausalOutput
 from posttrain.objective import Extent, Tokens
 from posttrain.objective_settings import DistillLoss, LossConfig
 from posttrain.optim import make_optimizer
+from posttrain.prompts import can_share, read
 from posttrain.settings import TrainerConfig
 from posttrain.types import Sample, Weights
 from posttrain.weights import SHM, SharedWeights, state_of
@@ -83,6 +86,8 @@ class Trainer:
 
         self.base = model
         self.model, self.optimizer = self.accelerator.prepare(trained, optimizer)
+        ours, alone = isinstance(model, Longcat2ForCausalLM), self.accelerator.num_processes == 1
+        self._shares_prompts = config.share_prompts and alone and not ours and can_share(model)
         # Not prepared: Accelerate would advance it once a process and step.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         self._shared: SharedWeights | None = None
@@ -101,7 +106,7 @@ class Trainer:
                 "true, or trainer.replay_choices to false"
             )
         size, replay = self.config.tokens_per_micro_batch, self.config.replay_choices
-        groups = [pack(ordered[i::parts], size, replay) for i in range(parts)]
+        groups = [pack(ordered[i::parts], size, replay, self._shares_prompts) for i in range(parts)]
         # All of it before the first update: prox is the policy that the step starts with.
         earlier = [[self._earlier(b) for b in g] for g in groups]
         totals: dict[str, float] = {}
@@ -183,14 +188,24 @@ class Trainer:
         extra: dict[str, Any] = {}
         if isinstance(self.base, Longcat2ForCausalLM):
             extra = {"attention_mask": batch.real_BT, "replay": _replay(batch)}
-        with torch.set_grad_enabled(with_grad):
-            out = (model or self.model)(input_ids=batch.ids_BT, use_cache=False, **extra)
-            logits_BTV = out.logits
-            logp_NV = torch.log_softmax(logits_BTV[:, :-1][batch.sampled_BT[:, 1:]].float(), dim=-1)
-            pi_N = logp_NV.gather(1, batch.ids_BT[:, 1:][batch.sampled_BT[:, 1:]][:, None])[:, 0]
+        model = model or self.model
+        head = plain_head(self.accelerator.unwrap_model(model))
+        with torch.set_grad_enabled(with_grad), bare(head) if head is not None else nullcontext():
+            extra["past_key_values"] = None if batch.prompts is None else read(model, batch.prompts)
+            out = model(input_ids=batch.ids_BT, use_cache=batch.prompts is not None, **extra)
         learns_entropy = not isinstance(self.loss, DistillLoss) and self.loss.entropy > 0
-        with torch.set_grad_enabled(with_grad and learns_entropy):
-            entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+        ids_N = batch.ids_BT[:, 1:][batch.sampled_BT[:, 1:]]
+        with torch.set_grad_enabled(with_grad):
+            found_N = out.logits[:, :-1][batch.sampled_BT[:, 1:]]
+            if head is not None:
+                dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
+                pi_N, entropy_N = token_logprobs(found_N, head.weight, ids_N, dtype)
+            else:
+                logp_NV = torch.log_softmax(found_N.float(), dim=-1)
+                pi_N = logp_NV.gather(1, ids_N[:, None])[:, 0]
+                entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+        if not learns_entropy:
+            entropy_N = entropy_N.detach()
         return pi_N, entropy_N, out.aux_loss if isinstance(out, Longcat2CausalOutput) else None
 
     def weights(self) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def test_rollouts_wait_for_a_sandbox_host_that_comes_back(gate: Gate, tmp_path: 
         if where == "open":
             box = await open_sandbox(DockerConfig(host=f"unix://{gate.path}", memory_mb=128, start_timeout_s=20))
             try:
-                ran = await box.run(["true"])
+                ran = await box.exec("true")
                 assert ran.exit_code == 0
             except SandboxError:
                 down += 1

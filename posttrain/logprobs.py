@@ -1,0 +1,140 @@
+"""Log-probs of given tokens without the logits of all of them: the head is applied to a few rows at a time, forwards
+and again backwards, and what a chunk needs is forgotten with it.
+
+Memory beyond the gradients is that of one chunk of logits instead of several copies of ``[N, V]``; on a CPU a chunk
+stays in the cache, which pays for computing it twice.
+
+Shapes: N tokens, D hidden, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Logits of a chunk: 1 MiB in float32 stays in a core's cache, 256 MiB keeps a GPU busy."""
+_SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+"""Fields of configs whose models do more to hidden states than to multiply them by the head."""
+
+
+def plain_head(model: nn.Module) -> nn.Linear | None:
+    """The head of a causal LM whose logits are ``hidden @ weight.T`` and no more, else None."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    config = getattr(model, "config", None)
+    if type(head) is not nn.Linear or head.bias is not None or type(head.weight.data) is not Tensor:
+        return None
+    return None if any(getattr(config, field, None) not in (None, 1, 1.0) for field in _SCALED) else head
+
+
+@contextmanager
+def bare(head: nn.Linear) -> Iterator[None]:
+    """The model's logits are the hidden states that ``head`` would be given."""
+    head.forward = lambda input: input
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def token_logprobs(
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, dtype: torch.dtype | None = None, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """``log_softmax(hidden @ weight.T)[n, ids[n]]`` and the entropy of every row, ``[N]`` each, in float32.
+
+    The product is in ``dtype`` (None: that of the hidden states), all that follows in float32. Both are differentiable:
+    with z the logits, p their softmax and H the entropy, d logp / dz = onehot - p and dH / dz = -p (log p + H).
+    ``chunk``: logits held at once."""
+    wanted = chunk or _CHUNK.get(hidden_ND.device.type, _CHUNK["cuda"])
+    rows = max(1, wanted // weight_VD.shape[0])
+    return _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, dtype or hidden_ND.dtype, rows)  # pyright: ignore[reportReturnType]
+
+
+def _read(logits_CV: Tensor, ids_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, log of the sum of exponentials, and entropies of a chunk, ``[C]``."""
+    z_CV = logits_CV.float()
+    total_C = torch.logsumexp(z_CV, -1)
+    z_CV = z_CV - total_C[:, None]
+    return z_CV.gather(1, ids_C[:, None])[:, 0], total_C, -(z_CV.exp() * z_CV).sum(-1)
+
+
+def _grad(logits_CV: Tensor, total_C: Tensor, entropy_C: Tensor, by_logp_C: Tensor, by_entropy_C: Tensor) -> Tensor:
+    """Of a chunk's logits, but for the onehot, in the type of the logits."""
+    logp_CV = logits_CV.float() - total_C[:, None]
+    at_CV = by_logp_C[:, None] + by_entropy_C[:, None] * (logp_CV + entropy_C[:, None])
+    return (-logp_CV.exp() * at_CV).to(logits_CV.dtype)
+
+
+def _grad_of_logp(logits_CV: Tensor, total_C: Tensor, by_logp_C: Tensor) -> Tensor:
+    """The same where nothing hangs on the entropies."""
+    return (-(logits_CV.float() - total_C[:, None]).exp() * by_logp_C[:, None]).to(logits_CV.dtype)
+
+
+@cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One kernel for all of it: on a GPU every pass over a chunk costs more than the arithmetic."""
+    return torch.compile(function, dynamic=True)
+
+
+def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    return _fused(function) if device.type == "cuda" and find_spec("triton") is not None else function
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """See ``token_logprobs``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, dtype: torch.dtype, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both results; kept for the way back are the inputs and two numbers a row."""
+        weight, read = weight_VD.to(dtype), _on(hidden_ND.device, _read)
+        logp_N = hidden_ND.new_empty(len(ids_N), dtype=torch.float32)
+        total_N, entropy_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
+        for a in range(0, len(ids_N), rows):
+            part = slice(a, a + rows)
+            logits_CV = hidden_ND[part].to(dtype) @ weight.T
+            logp_N[part], total_N[part], entropy_N[part] = read(logits_CV, ids_N[part])
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_N, total_N, logp_N, entropy_N)
+        ctx.dtype, ctx.rows = dtype, rows
+        ctx.set_materialize_grads(False)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients of hidden states and weight."""
+        hidden_ND, weight_VD, ids_N, total_N, logp_N, entropy_N = ctx.saved_tensors
+        by_logp_N, by_entropy_N = grads
+        if by_logp_N is None:
+            by_logp_N = torch.zeros_like(total_N)
+        # Of the tokens themselves, in float32: 1 - p is nothing in fewer bits where p is nearly 1.
+        at_N = by_logp_N if by_entropy_N is None else by_logp_N + by_entropy_N * (logp_N + entropy_N)
+        own_N = (by_logp_N - logp_N.exp() * at_N).to(ctx.dtype)
+        weight, wanted = weight_VD.to(ctx.dtype), ctx.needs_input_grad
+        grad_hidden_ND = torch.empty_like(hidden_ND) if wanted[0] else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+        for a in range(0, len(ids_N), ctx.rows):
+            part = slice(a, a + ctx.rows)
+            hidden_CD, by_logp_C = hidden_ND[part].to(ctx.dtype), by_logp_N[part]
+            logits_CV = hidden_CD @ weight.T
+            if by_entropy_N is None:
+                grad_CV = _on(hidden_ND.device, _grad_of_logp)(logits_CV, total_N[part], by_logp_C)
+            else:
+                grad = _on(hidden_ND.device, _grad)
+                grad_CV = grad(logits_CV, total_N[part], entropy_N[part], by_logp_C, by_entropy_N[part])
+            grad_CV.scatter_(1, ids_N[part, None], own_N[part, None])
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[part] = grad_CV @ weight
+            if grad_weight_VD is not None and ctx.dtype == torch.float32:
+                grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
+            elif grad_weight_VD is not None:
+                grad_weight_VD += grad_CV.T @ hidden_CD
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_ND, grad_weight_VD, None, None, None
