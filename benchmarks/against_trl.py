@@ -1,17 +1,13 @@
 """Our loop against TRL's two GRPO trainers on a CPU: ``python benchmarks/against_trl.py [--latencies 0,0.4,1.0,tail]``.
 
 One small random Qwen3, the same prompts, group size, completion length (the end token is one that the model cannot
-sample), reward, temperature and optimizer for our loop, synchronous (K = 0) and asynchronous, TRL's ``GRPOTrainer`` as
-it is, and TRL's ``AsyncGRPOTrainer``. That one asks for CUDA in two places, which are replaced: the card's peak FLOPS,
-and flash attention. Without vLLM its rollouts are the user's business: see ``trl_worker`` for the two ways.
-
-An episode is a completion and then a wait: none, a constant, or log-normal with median 0.2 s and 99th percentile 5 s
-("tail"), drawn from the group's number and the place in it, so that all get the same draws. Every run has a process of
-its own, and runs take turns, so that what else the machine does falls on all. Printed are trained tokens a second over
-all steps after the warm-up (a median of steps would hide the stalls of a tail), the median step, staleness, the share
-of the time in which the trainer does not train, and groups that were sampled and never trained. The exit status is 1 if
-a ratio misses its bar: without latency 3 times ``GRPOTrainer``, with one 2 times the better of TRL's two. The ratio to
-TRL's trainer with an engine like ours behind it is printed too, and has no bar.
+sample), reward, temperature and optimizer for our loop (K = 0 and asynchronous), TRL's ``GRPOTrainer`` as it is, and
+TRL's ``AsyncGRPOTrainer``, whose two demands for CUDA are replaced (the card's peak FLOPS, flash attention) and whose
+rollouts are the user's business: see ``trl_worker`` for the two ways. An episode is a completion and then a wait: none,
+a constant, or log-normal with median 0.2 s and 99th percentile 5 s ("tail"), drawn from the group's number and the
+place in it. Every run has a process of its own, and runs take turns. Printed are trained tokens a second over all steps
+after the warm-up, the median step, staleness, the trainer's idle share, and groups that were never trained. Exit status
+1 if a ratio misses its bar: without latency 3 times ``GRPOTrainer``, with one 2 times the better of TRL's two.
 """
 
 from __future__ import annotations
@@ -61,8 +57,7 @@ OURS, OURS_SYNC, TRL, TRL_ASYNC = "ours", "ours, K = 0", "GRPOTrainer", "AsyncGR
 TRL_BATCHING = "AsyncGRPOTrainer, batching worker"
 THREADS = {TRL: (1, 2), OURS: (1,), TRL_ASYNC: (1,), TRL_BATCHING: (1,), OURS_SYNC: (1, 2)}
 """That a computing process may have: the other ones leave a processor to their engine."""
-BAR, BAR_WITH_LATENCY = 3.0, 2.0
-RATE, BETAS = 1e-4, (0.9, 0.95)
+BAR, BAR_WITH_LATENCY, RATE, BETAS = 3.0, 2.0, 1e-4, (0.9, 0.95)
 SIGNS = "0123456789+-*=() "
 """Of which prompts are made; each is a token."""
 TIMEOUT_S = 3600
@@ -182,22 +177,22 @@ class Play(NamedTuple):
 async def ours(cell: Cell, out: Path) -> list[Step]:
     """As ``experts.train`` does it, journal and all, without checkpoints."""
     ahead = 0 if cell.trainer == OURS_SYNC else cell.staleness
-    # Without a wait it is enough to sample one step's groups while the trainer is at the last one's.
-    running = cell.groups * min(ahead + 1, 2 if cell.latency == "0" else ahead + 1)
+    # Without a wait it is enough to sample the next two steps' groups while the trainer is at one.
+    running = cell.groups * min(ahead + 1, 3 if cell.latency == "0" else ahead + 1)
     pace: dict[str, Any] = {"max_running": running, "max_staleness": ahead, "stragglers": cell.stragglers}
     loop_config = LoopConfig(steps=cell.steps, groups_per_step=cell.groups, group_size=cell.size, **pace)
-    optimizer = {"lr": RATE, "betas": BETAS, "warmup_steps": 0, "decay": False}
+    optimizer: Any = {"lr": RATE, "betas": BETAS, "warmup_steps": 0, "decay": False}
     config = TrainerConfig(**optimizer, threads=cell.threads, share_prompts=True)
     loss = ClippedLoss(constant_length=cell.tokens)
-    slots, context = 2 * cell.groups * cell.size, cell.prompt + cell.tokens
+    slots, context = 3 * cell.groups * cell.size, cell.prompt + cell.tokens
     engine = await LocalEngine.start(cell.model, slots=slots, max_context=context, threads=cell.threads)
     trainer = Trainer(load_any(cell.model, torch.float32), config, loss, cell.steps)
     steps: list[Step] = []
 
     def on_step(version: int, stats: dict[str, float], batch: object) -> None:
         idle, lost = stats["time/wait_s"] + stats["time/publish_s"], stats["stale"] + stats["evicted"]
-        stale, stalest = stats["staleness_mean"], stats["staleness_max"]
-        steps.append(Step(time.perf_counter(), stats["tokens"], stale, stalest, idle, lost))
+        stale = stats["staleness_mean"], stats["staleness_max"]
+        steps.append(Step(time.perf_counter(), stats["tokens"], *stale, idle, lost))
 
     def task(number: int, world: str) -> Task:
         ids = tuple(tokenizer.encode(cell.text(number)))
@@ -324,7 +319,7 @@ def run_here(cell: Cell, pipe: Any) -> None:
 
 def run(cell: Cell) -> Result:
     """A run in a process of its own. RuntimeError if it dies, TimeoutError if it does not end."""
-    # Read by a process that starts. Threads that spin while they wait would take the processor from others.
+    # Threads that spin while they wait would take the processor from others.
     os.environ |= {"OMP_NUM_THREADS": str(cell.threads), "OMP_WAIT_POLICY": "passive"} | QUIET
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

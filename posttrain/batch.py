@@ -77,7 +77,7 @@ def _pack_groups(groups: Mapping[tuple[int, ...], Sequence[Sample]], size: int) 
     width = 0
     for prompt in sorted(tails, key=lambda p: (-len(p), -longest[p], tails[p][0].rollout)):
         for tail in sorted(tails[prompt], key=lambda s: (-len(s.ids), s.rollout)):
-            prompts, rows = chunks[-1] if chunks else ([()], list[Sample]())
+            prompts, rows = chunks[-1] if chunks else (list[tuple[int, ...]](), list[Sample]())
             fits = (len(rows) + 1) * max(width, len(tail.ids)) + len({*prompts, prompt}) * len(prompt) <= size
             if not chunks or len(prompts[0]) != len(prompt) or not fits:
                 chunks.append(([], []))

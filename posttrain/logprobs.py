@@ -59,9 +59,14 @@ def token_logprobs(
 def _read(logits_CV: Tensor, ids_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, log of the sum of exponentials, and entropies of a chunk, ``[C]``."""
     z_CV = logits_CV.float()
-    total_C = torch.logsumexp(z_CV, -1)
-    z_CV = z_CV - total_C[:, None]
-    return z_CV.gather(1, ids_C[:, None])[:, 0], total_C, -(z_CV.exp() * z_CV).sum(-1)
+    # One exponential for both: H = log sum exp z - sum p z.
+    z_CV = z_CV - z_CV.amax(-1, keepdim=True)
+    weight_CV = z_CV.exp()
+    sum_C = weight_CV.sum(-1)
+    log_C = sum_C.log()
+    logp_C = z_CV.gather(1, ids_C[:, None])[:, 0] - log_C
+    total_C = logits_CV.gather(1, ids_C[:, None])[:, 0].float() - logp_C
+    return logp_C, total_C, log_C - (weight_CV * z_CV).sum(-1) / sum_C
 
 
 def _grad(logits_CV: Tensor, total_C: Tensor, entropy_C: Tensor, by_logp_C: Tensor, by_entropy_C: Tensor) -> Tensor:

@@ -65,3 +65,26 @@ def test_slow_domain() -> None:
     # What is slow has to be seen to be slow: its median episode is the longest of its row.
     seconds = re.findall(r"│ slow .* │ ([\d.]+), ([\d.]+), ([\d.]+) +│", run.stdout)
     assert len(seconds) == 2 and all(float(row[2]) > max(float(row[0]), float(row[1])) for row in seconds)
+
+
+@pytest.mark.slow
+def test_soak() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/soak.py"), "--episodes", "1300", "--versions", "pinned"]
+    run = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    [(episodes, speed, memory)] = re.findall(r"│ pinned +│ (\d+) +│ (\d+) +│ ([+-]\d+\.\d) \(16\) of", run.stdout)
+    assert int(episodes) >= 1300 and int(speed) > 0 and float(memory) < 16
+
+
+@pytest.mark.slow
+def test_long_sequences() -> None:
+    """So short that the plain form's memory is not yet the larger one: exit status 1."""
+    command = [sys.executable, str(ROOT / "benchmarks/long_sequences.py"), "--tokens", "64", "--plain-tokens", "64"]
+    run = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode in (0, 1) and "Traceback" not in run.stderr, run.stderr
+    gaps = re.search(r"largest difference of values (\S+), of gradients (\S+) and (\S+)", run.stdout)
+    assert gaps is not None and all(float(gap) < 1e-3 for gap in gaps.groups())

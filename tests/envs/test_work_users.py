@@ -13,21 +13,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
-import torch
 
 from envs.episode import run_episode
 from envs.work.domain import load_domain
-from envs.work.model_user import instruction
 from envs.work.users import Line, ModelUserConfig, vocabulary
 from envs.worlds.base import GOOD, empty
 from envs.worlds.work import Work, WorkConfig
 from fusion.preflight import preflight_worlds
 from posttrain.chat import Chat, train_tokenizer
 from posttrain.errors import ConfigError
-from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.settings import LocalEngineConfig
 from posttrain.types import Completion, Culprit, Rollout, Sampling, Score, StopReason, Task, Weights
 from tests.posttrain.tiny import make_model, make_tokenizer
@@ -270,74 +266,3 @@ def test_a_folder_that_is_no_model_is_refused_by_its_key(folder: Path, tmp_path:
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     assert "has no chat template" in refused(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_model_that_has_learned_to_speak_is_heard(tmp_path: Path) -> None:
-    """Trained on the script's own lines: on held-out tasks most of what the user says is the model's."""
-    plain = Work(WorkConfig.model_validate({**SMALL, "user": {"type": "scripted", "turns": 1.0, "asks": 1.0}}))
-    rows: list[tuple[str, str]] = []
-    for task in plain.tasks("train", 600, 0):
-        parts = task.data["parts"]
-        talk = [("you", parts[0]["text"])]
-        for before, part in zip([None, *parts[:-1]], parts, strict=True):
-            if before is not None:
-                talk = [*talk, ("agent", "done")]
-                rows.append((instruction(part["text"], talk, _line(part["text"])), part["text"]))
-                talk = [*talk, ("you", part["text"])]
-            if part["slot"]:
-                talk = [*talk, ("agent", f"which {part['slot']}")]
-                line = f"{part['slot']} {part['value']}"
-                rows.append((instruction(part["text"], talk, _line(line)), line))
-                talk = [*talk, ("you", line)]
-    tokenizer = train_tokenizer([a + b for a, b in rows], 900)
-    pairs = [
-        (
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": a}], add_generation_prompt=True, return_dict=False
-            ),
-            [*tokenizer.encode(b, add_special_tokens=False), tokenizer.eos_token_id],
-        )
-        for a, b in rows
-    ]
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "hidden_size": 96, "num_layers": 2, "num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-        "v_head_dim": 16, "q_lora_rank": 96, "kv_lora_rank": 96, "ffn_hidden_size": 192, "expert_ffn_hidden_size": 64,
-        "n_routed_experts": 2, "moe_topk": 1, "oe_vocab_size_ratio": 20.3, "oe_neighbor_num": 3, "oe_split_num": 1,
-        "rope_theta": 10000.0, "max_position_embeddings": 512, "initializer_range": 0.05,
-    }  # fmt: skip
-    special: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = Longcat2ForCausalLM(Longcat2Config(vocab_size=len(tokenizer), **shape, **special)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    rng = Random(0)
-    for step in range(260):
-        batch = rng.sample(pairs, 24)
-        width = max(len(a) + len(b) for a, b in batch)
-        ids = torch.tensor([[*a, *b, *[0] * (width - len(a) - len(b))] for a, b in batch])
-        labels = torch.tensor([[-100] * len(a) + b + [-100] * (width - len(a) - len(b)) for a, b in batch])
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 20) * (1 - step / 260)
-        model(ids, attention_mask=ids != 0, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    engine = LocalEngineConfig(slots=8, max_context=512)
-    of = world(tmp_path, temperature=0.3, tries=3, max_tokens=64, engine=engine)
-    tasks = [t for t in of.tasks("eval", 60, 0) if len(t.data["parts"]) > 1 or t.data["parts"][0]["slot"]]
-
-    async def main() -> list[float]:
-        return [await of.score(t, of.script(t, GOOD, Random(i))) for i, t in enumerate(tasks)]
-
-    assert set(asyncio.run(main())) == {1.0}
-    speaker = of._speaker
-    assert speaker is not None
-    share = speaker.fell_back / (speaker.spoke + speaker.fell_back)
-    print(f"the script had to speak in {share:.0%} of {speaker.spoke + speaker.fell_back} lines")
-    assert share < 0.2
-
-
-def _line(text: str) -> Line:
-    return Line(text=text, tells=text)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.errors import UserError
+from posttrain.errors import DiskFull, UserError
 from posttrain.journal import Journal, read_journal, rollout_from_dict, rollout_to_dict
 from posttrain.types import (
     Choices,
@@ -98,7 +98,7 @@ def test_journal_on_a_full_disk_keeps_what_it_had(tmp_path: Path, monkeypatch: p
     journal.write({"n": 1})
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:3]))
-    with pytest.raises(OSError, match="only 3 of 8 bytes"):
+    with pytest.raises(DiskFull, match=r"/j: the disk is full\. Make room there"):
         journal.write({"n": 2})
     monkeypatch.undo()
     journal.write({"n": 3})

@@ -93,7 +93,7 @@ def test_a_weight_that_is_frozen_gets_no_gradient_and_costs_none() -> None:
 def test_the_bare_model_gives_what_its_head_is_given() -> None:
     model = tiny()
     head = plain_head(model)
-    assert head is model.lm_head
+    assert head is not None and head is model.lm_head
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         with bare(head):
