@@ -1,8 +1,8 @@
 """What each part of the architecture buys: ``python benchmarks/ablations.py [--seeds 0] [--only ngram,lsa,identity]``.
 
 Every arm is the model of ``configs/tiny/pipeline.yaml`` with one part changed, trained from nothing on what the worlds
-demonstrate, at the cold start's learning rates: the same rows in the same order for all arms of an ablation, no row
-twice. It is then judged on tasks of the held-out split, and decodes greedily.
+demonstrate, at the cold start's rates: the same rows in the same order for all arms of an ablation, no row twice. It
+is then judged, decoding greedily, on tasks of the held-out split.
 
 1. n-gram tables, on chains: those of the demo, tables in which hardly any n-gram meets another one, none.
 2. LSA, on conversations of four chains, 150 tokens, of which a token attends to 32: dense attention, LSA whose indexers
@@ -10,8 +10,7 @@ twice. It is then judged on tasks of the held-out split, and decodes greedily.
 3. Identity slots, on chains, rules and facts: loss against the routed slots that a token uses, which the bias
    controller holds at a target. One routed slot for every token is what the same compute buys without identity slots.
 
-Prints one table and draws it (``--out``). Needs the extra ``bench``.
-"""
+Prints one table and draws it (``--out``). Needs the extra ``bench``."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@ rollouts are the user's business: see ``trl_worker`` for the two ways. An episod
 a constant, or log-normal with median 0.2 s and 99th percentile 5 s ("tail"), drawn from the group's number and the
 place in it. Every run has a process of its own, and runs take turns. Printed are trained tokens a second over all steps
 after the warm-up, the median step, staleness, the trainer's idle share, and groups that were never trained. Exit status
-1 if a ratio misses its bar: without latency 3 times ``GRPOTrainer``, with one 2 times the better of TRL's two.
-"""
+1 if a ratio misses its bar: without latency 3 times ``GRPOTrainer``, with one 2 times the better of TRL's two."""
 
 from __future__ import annotations
 

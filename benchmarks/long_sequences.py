@@ -2,7 +2,7 @@
 
 First the peak memory that the log-probs of one sequence add to hidden states and head, forwards and backwards, at the
 vocabulary of Qwen3: in chunks (``posttrain.logprobs``) and by the plain formula, with values and gradients compared.
-The plain form wants some 40 GiB on a CPU: ``--plain-tokens`` takes fewer there, and its memory is then scaled up.
+The plain form wants some 28 GiB: on a CPU it takes fewer tokens (``--plain-tokens``), and its memory is scaled up.
 ``--train`` (a GPU) takes steps of the trainer on a random model with the shape of Qwen3-0.6B in bf16: tokens a second,
 peak memory, and the share of the card's peak that ``6 N`` operations a token, and ``12 L h T / 2`` for causal
 attention, come to. Exit status 1 if the chunks need more than a tenth of the plain form's memory.

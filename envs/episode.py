@@ -15,7 +15,7 @@ from typing import TypeVar
 from envs.context import SUMMARISE, ContextConfig, Rewrite, due, rewritten
 from envs.noise import Noise, NoisySession, noisy_prompt
 from posttrain.chat import Chat, ParseError
-from posttrain.errors import EpisodeError, ToolError, boundary
+from posttrain.errors import EpisodeError, RewardError, ToolError, WorldError, boundary
 from posttrain.protocols import Engine, Session, World
 from posttrain.types import (
     Completion,
@@ -143,7 +143,7 @@ async def run_episode(
 
     try:
         with waiting(f"a session of {task.world}"), boundary(Culprit.WORLD):
-            session = await _within(task, "a session", world.open(task))
+            session = await _within(task, world.open(task), WorldError, "a session")
         if noise is not None:
             session = NoisySession(session, task, noise)
         try:
@@ -155,7 +155,7 @@ async def run_episode(
             return rollout(StopReason.NO_MODEL_CALL)
         finished = rollout(stop)
         with waiting(f"the grader of {task.world}"), boundary(Culprit.REWARD):
-            outcome = await _within(task, "the grader", session.grade(state.messages))
+            outcome = await _within(task, session.grade(state.messages), RewardError, "the grader")
             return replace(finished, score=score(finished, outcome))
     except EpisodeError as error:
         return rollout(_STOP_OF[error.culprit], Failure(culprit=error.culprit, message=str(error)))
@@ -166,16 +166,16 @@ async def run_episode(
             await _close(session, rollout_id)
 
 
-async def _within(task: Task, what: str, awaited: Awaitable[T]) -> T:
-    """``awaited`` in the episode's time. Its end is no time-out of the agent's, but an error of whom was waited for."""
+async def _within(task: Task, awaited: Awaitable[T], error: type[EpisodeError], what: str) -> T:
+    """``awaited`` in the episode's time, or ``error``: that is no time-out of the agent's."""
     clock = asyncio.timeout(task.limits.timeout_s)
     try:
         async with clock:
             return await awaited
-    except TimeoutError as error:
+    except TimeoutError as late:
         if not clock.expired():
             raise
-        raise RuntimeError(f"waited {task.limits.timeout_s:g} s for {what} of {task.world}") from error
+        raise error(f"waited {task.limits.timeout_s:g} s for {what} of {task.world}") from late
 
 
 async def _close(session: Session, rollout_id: str) -> None:

@@ -50,7 +50,7 @@ from posttrain.protocols import Credit, Engine
 from posttrain.scheduler import Scheduler
 from posttrain.settings import LoopConfig
 from posttrain.trainer import Trainer
-from posttrain.types import Culprit, Rollout, StopReason, Task
+from posttrain.types import Culprit, Rollout, Task
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ class Loop:
                 with waits.acting(rollout_id):
                     rollout = await self.run_rollout(engine, group.task, rollout_id, name, seed)
                 self.journal.write(rollout)
-                if rollout.valid or rollout.stop is StopReason.CANCELLED:
+                if rollout.valid:
                     break
                 self._counts["retries"] += 1
                 log.warning("%s: %s (%s)", rollout_id, rollout.stop, rollout.error and rollout.error.message)

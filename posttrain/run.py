@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 
 from posttrain.config import Config, dump
 from posttrain.errors import UserError
-from posttrain.files import remove, sweep, write_json, write_text
+from posttrain.files import no_room, remove, sweep, write_json, write_text
 
 _MARKER = ".posttrain"
 """Makes a directory a run directory; locked while a process writes there, and holds that process's id."""
@@ -191,10 +192,12 @@ def _checked(stage: str) -> str:
 
 
 class _LogFile(logging.FileHandler):
-    """A full disk is reported by what cannot do without it."""
+    """A full disk is reported by what cannot do without it, not line by line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Not to the terminal, line by line."""
+        """What else goes wrong with a record is shown."""
+        if not no_room(sys.exc_info()[1]):
+            super().handleError(record)
 
 
 def start_logging(file: str | Path, *, verbose: bool = False) -> None:

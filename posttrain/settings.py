@@ -124,8 +124,8 @@ class TrainerConfig(OptimizerSettings):
     """Padded tokens a forward holds."""
     share_prompts: bool = False
     """Forward what the rollouts of a group begin with once for all of them, where the model's only memory of a token is
-    its keys and values. The gradient is the same up to rounding. Pays on a CPU; on a GPU where prompts are longer than
-    what is sampled (``benchmarks/long_sequences.py``), since attention then needs a mask."""
+    its keys and values. The gradient is the same up to rounding. Pays on a CPU; on a GPU only where prompts are as
+    long as what is sampled or longer (``benchmarks/long_sequences.py``), since attention then needs a mask."""
     freeze: list[str] = Field(default_factory=list[str])
     """Regular expressions; parameters whose name matches one are not trained."""
     lora: LoraConfig | None = None

@@ -16,7 +16,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class StopReason(StrEnum):
-    """Why an episode ended. Only what the agent itself caused can carry a reward (``rewardable``)."""
+    """Why an episode ended. Only what the agent itself caused can carry a reward."""
 
     SCORED = "scored"
     """The agent finished and the grader spoke."""
@@ -36,13 +36,6 @@ class StopReason(StrEnum):
     """The engine failed."""
     VERIFIER_ERROR = "verifier_error"
     """The reward raised."""
-    CANCELLED = "cancelled"
-    """The run ended or the rollout grew too old."""
-
-    @property
-    def rewardable(self) -> bool:
-        """True for outcomes that are the agent's own doing."""
-        return self in (StopReason.SCORED, StopReason.AGENT_TIMEOUT, StopReason.LOOP, StopReason.CONTEXT_OVERFLOW)
 
 
 class Culprit(StrEnum):
@@ -248,7 +241,7 @@ class Rollout:
     stop: StopReason
     """How it ended."""
     score: Score | None = None
-    """None unless the outcome is rewardable."""
+    """None unless the agent itself caused the end."""
     error: Failure | None = None
     """Who failed, when something outside the agent did."""
     parse_errors: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
+from posttrain.files import no_room
 
 SHM = "shm:"
 _ALIGN = 64
@@ -61,7 +62,9 @@ class SharedWeights:
         fd = os.open(f"/dev/shm/{self._memory.name.lstrip('/')}", os.O_RDWR)
         try:
             os.posix_fallocate(fd, 0, size)
-        except OSError:
+        except OSError as error:
+            if not no_room(error):  # a file system that cannot promise memory
+                return
             self.close()
             raise UserError(
                 f"/dev/shm: there is no room for {size / 2**20:.0f} MiB of weights that trainer and engine share. Make "

@@ -21,12 +21,22 @@ ROOT = Path(__file__).parent.parent
 DOMAINS = {"agent", "reasoning", "interaction"}
 MICRO = """
 extends: {smoke}
+worlds:
+  judge: {{type: verify, of: {{type: chains, pairs: 5, max_hops: 4}}}}
 cold_start: {{demonstrations: 300, steps: 12, clean_steps: 6, batch_size: 16, processes: 1, checkpoint_every: 3}}
 experts:
   agent: {{train_tasks: 40, loop: {{steps: 8, groups_per_step: 2, group_size: 2, checkpoint_every: 2}}}}
-  reasoning: {{train_tasks: 40, loop: {{steps: 2, groups_per_step: 2, group_size: 2}}}}
+  reasoning:
+    train_tasks: 40
+    verification: {{world: judge, window: 2, gain: 1}}
+    loop: {{steps: 2, groups_per_step: 2, group_size: 2}}
   interaction: {{train_tasks: 40, loop: {{steps: 2, groups_per_step: 2, group_size: 2}}}}
 fusion: {{train_tasks: 40, loop: {{steps: 2, groups_per_step: 4}}}}
+general:
+  worlds: {{chains: 1, rules: 1}}
+  train_tasks: 40
+  loss: {{type: clipped}}
+  loop: {{steps: 2, groups_per_step: 2, group_size: 2, quotas: true}}
 evaluation: {{tasks: 6}}
 """
 
@@ -103,10 +113,10 @@ def _results_are_whole(out: Path) -> None:
     for domain, row in results["domains"].items():
         assert {"n", "base", "experts", "student", "teacher", "recovery", "recovery_ci95"} <= set(row)
         assert row["n"] == 6 and set(row["experts"]) == DOMAINS and row["teacher"] == domain
-        assert all(0 <= x <= 1 for x in (row["base"], row["student"], *row["experts"].values()))
+        assert all(0 <= x <= 1 for x in (row["base"], row["student"], row["general"], *row["experts"].values()))
     page = (out / "report.html").read_text()
     assert "<html" in page and "http://" not in page and "https://" not in page
-    for name in ("base", "expert-agent", "fusion"):
+    for name in ("base", "expert-agent", "fusion", "general"):
         folder = out / "checkpoints" / name
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert model.config.vocab_size == 680 and len(AutoTokenizer.from_pretrained(folder)) <= 680

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -101,27 +101,38 @@ class EvenPlayer(Player):
         return replace(scored, value=sum(i % 2 == 0 for i in ids) / len(ids))
 
 
-def run_toy(folder: Path, name: str = "run", hook: Hook = fine, timeout_s: float = 60.0, **loop: Any) -> RunDir:
-    """Train ``folder/name`` to its end; raises what the stage raises. ``restarts`` is the engine's."""
-    model, restarts = folder / "model", loop.pop("restarts", 3)
+def toy_stage(
+    folder: Path,
+    worlds: Mapping[str, World],
+    player: type[Player] = EvenPlayer,
+    loop: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Stage:
+    """A stage on the model in ``folder/model``, made at random if it is not there, in the first of ``worlds``."""
+    model = folder / "model"
     if not model.exists():
         make_model("longcat2", vocab_size=len(make_tokenizer())).save_pretrained(model)
         make_tokenizer().save_pretrained(model)
-    worlds: dict[str, World] = {"requests": HookedWorld(hook, timeout_s)}
-    pace = {"steps": STEPS, "groups_per_step": BATCH, "group_size": SIZE, "max_running": 4, "checkpoint_every": 2}
-    stage = Stage(
-        name="expert-toy",
-        start=model,
-        loop=LoopConfig(**{**pace, "max_staleness": 2, "wait_s": 60.0, "retry_s": 0.05, **loop}),
-        trainer=TrainerConfig(lr=1e-3, warmup_steps=0, decay=False),
-        loss=DppoLoss(constant_length=8),
-        engine=LocalEngineConfig(slots=8, max_context=128, restarts=restarts),
-        credit=GroupCredit(GroupCreditConfig()),
-        player=EvenPlayer(worlds, Chat(make_tokenizer()), RewardConfig()),
-        source=TaskStream(worlds, {"requests": 1.0}, 20, seed=3),
-        shares={"requests": 1.0},
-        seed=3,
-    )
+    shares = {next(iter(worlds)): 1.0}
+    pace = {"steps": STEPS, "groups_per_step": BATCH, "group_size": SIZE, "checkpoint_every": 2, "wait_s": 120.0}
+    given: dict[str, Any] = {
+        "name": "expert-toy",
+        "start": model,
+        "loop": LoopConfig(**{**pace, **(loop or {})}),
+        "trainer": TrainerConfig(lr=1e-3, warmup_steps=0, decay=False),
+        "loss": DppoLoss(constant_length=8),
+        "engine": LocalEngineConfig(slots=8, max_context=128),
+        "credit": GroupCredit(GroupCreditConfig()),
+        "player": player(worlds, Chat(make_tokenizer()), RewardConfig()),
+        "source": TaskStream(worlds, shares, 20, seed=3),
+        "shares": shares,
+        "seed": 3,
+    }
+    return Stage(**{**given, **changes})
+
+
+def train(folder: Path, name: str, stage: Stage) -> RunDir:
+    """Run ``stage`` to its end in ``folder/name``; raises what it raises."""
     with RunDir.open(folder / name, Nothing()) as run:
         metrics = Metrics(run.metrics_file)
         try:
@@ -129,6 +140,14 @@ def run_toy(folder: Path, name: str = "run", hook: Hook = fine, timeout_s: float
         finally:
             metrics.close()
     return run
+
+
+def run_toy(folder: Path, name: str = "run", hook: Hook = fine, timeout_s: float = 60.0, **loop: Any) -> RunDir:
+    """Train with ``hook``. ``restarts`` is the engine's."""
+    engine = LocalEngineConfig(slots=8, max_context=128, restarts=loop.pop("restarts", 3))
+    pace = {"max_running": 4, "max_staleness": 2, "wait_s": 60.0, "retry_s": 0.05, **loop}
+    worlds: dict[str, World] = {"requests": HookedWorld(hook, timeout_s)}
+    return train(folder, name, toy_stage(folder, worlds, loop=pace, engine=engine))
 
 
 def records(run: RunDir) -> list[dict[str, Any]]:

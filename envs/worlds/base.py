@@ -115,7 +115,7 @@ class TextSession:
 
     tools: tuple[Tool, ...] = ()
 
-    def __init__(self, judge: Callable[[str], bool]) -> None:
+    def __init__(self, judge: Callable[[str], float]) -> None:
         self._judge = judge
 
     async def call(self, call: ToolCall) -> str:
@@ -128,9 +128,9 @@ class TextSession:
         return None
 
     async def grade(self, messages: Sequence[Message]) -> float:
-        """1 if the conversation ends with an answer that the judge accepts."""
+        """What the judge gives the answer that the conversation ends with; 0 without one."""
         text = said(messages)
-        return float(text is not None and self._judge(text))
+        return 0.0 if text is None else float(self._judge(text))
 
     async def close(self) -> None:
         """Nothing to free."""

@@ -8,13 +8,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from envs.worlds.base import GOOD, Draft, Script, ScriptedWorld, WorldOptions, arguments, said, say, user
+from envs.worlds.base import GOOD, Draft, Script, ScriptedWorld, TextSession, WorldOptions, say, user
 from envs.worlds.chains import Chains, ChainsConfig
 from envs.worlds.facts import Facts, FactsConfig
 from envs.worlds.requests import Requests, RequestsConfig
 from envs.worlds.rules import Rules, RulesConfig
-from posttrain.errors import ToolError
-from posttrain.types import Limits, Message, Task, Tool, ToolCall
+from posttrain.types import Limits, Message, Task
 
 RIGHT, WRONG = "right", "wrong"
 Judged = ChainsConfig | FactsConfig | RequestsConfig | RulesConfig
@@ -33,31 +32,6 @@ def question(prompt: Sequence[Message], answer: str) -> tuple[Message, ...]:
     """What the model is asked about ``answer``."""
     asked = "\n".join(m.content for m in prompt)
     return (user(f"{asked}\nanswer {answer}\n{RIGHT} or {WRONG}"),)
-
-
-class VerifySession:
-    """One verdict."""
-
-    tools: tuple[Tool, ...] = ()
-
-    def __init__(self, right: bool, weight: float) -> None:
-        self._verdict, self._weight = RIGHT if right else WRONG, weight
-
-    async def call(self, call: ToolCall) -> str:
-        """Always a ToolError: there is nothing to call."""
-        arguments(self.tools, call)
-        raise ToolError("error: no tools")
-
-    async def reply(self, message: Message) -> Message | None:
-        """None: one answer ends it."""
-        return None
-
-    async def grade(self, messages: Sequence[Message]) -> float:
-        """The task's weight for the verdict that fits, else 0."""
-        return self._weight * (said(messages) == self._verdict)
-
-    async def close(self) -> None:
-        """Nothing to free."""
 
 
 class Verify(ScriptedWorld):
@@ -105,9 +79,10 @@ class Verify(ScriptedWorld):
             case _:
                 raise ValueError(f"no habit {habit!r}; {GOOD} or one of {self.bad_habits(task)}")
 
-    async def open(self, task: Task) -> VerifySession:
-        """Also for answers of the model's own (``experts.verification``)."""
-        return VerifySession(task.data["right"], task.data["weight"])
+    async def open(self, task: Task) -> TextSession:
+        """The task's weight for the verdict that fits; also for the model's own answers (``experts.verification``)."""
+        verdict = RIGHT if task.data["right"] else WRONG
+        return TextSession(lambda text: task.data["weight"] * (text == verdict))
 
 
 def _world(config: Judged) -> ScriptedWorld:

@@ -10,7 +10,8 @@ import pytest
 
 from experts.config import EvaluationConfig
 from experts.evaluate import evaluate, held_out, record
-from posttrain.types import Rollout, Score, Task
+from posttrain.errors import EngineError
+from posttrain.types import Culprit, Failure, Rollout, Score, Task
 from tests.posttrain.small import rollout
 
 
@@ -102,3 +103,15 @@ def test_a_domain_s_tasks_are_shared_equally_by_its_worlds() -> None:
         "a/eval/8/0", "a/eval/8/1", "c/eval/8/0", "c/eval/8/1", *(f"b/eval/8/{i}" for i in range(4))
     ]  # fmt: skip
     assert tasks == held_out(dict(reversed(worlds.items())), EvaluationConfig(tasks=4), 8)
+
+
+def test_a_dead_engine_ends_the_evaluation_and_is_no_outcome() -> None:
+    class Dead(Player):
+        async def __call__(self, engine: Any, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+            found = await super().__call__(engine, task, rollout_id, group, seed)
+            return found if found.valid else replace(found, error=Failure(culprit=Culprit.ENGINE, message="it died"))
+
+    player = Dead({TASKS[2].id: 99})
+    with pytest.raises(EngineError, match=f"^base/{TASKS[2].id}/0: it died$"):
+        run(player)
+    assert sum(t == TASKS[2].id for t, _, _ in player.calls) == 3

@@ -10,29 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from rich.progress import Progress
 
 from envs.worlds import RequestsConfig, make_world
 from envs.worlds.base import play, say
 from envs.worlds.rules import Rules, RulesConfig
 from envs.worlds.verify import Verify, VerifyConfig, question
 from experts.config import ExpertConfig, VerificationConfig
-from experts.credit import GroupCredit, GroupCreditConfig
 from experts.rollouts import Player
 from experts.tasks import TaskStream
-from experts.train import Stage, run_stage
 from experts.verification import SelfVerification
 from fusion.config import PipelineConfig
-from posttrain.chat import Chat
-from posttrain.config import Config
 from posttrain.journal import read_journal, rollout_from_dict
-from posttrain.metrics import Metrics
-from posttrain.objective_settings import DppoLoss
 from posttrain.run import RunDir
-from posttrain.settings import LocalEngineConfig, LoopConfig, TrainerConfig
 from posttrain.types import Message, Rollout, Score, StopReason, Task
-from rewards import RewardConfig
-from tests.posttrain.tiny import make_model, make_tokenizer
+from tests.toy_stage import toy_stage, train
 
 RULES = Rules(RulesConfig(), "rules")
 VERIFY = Verify(VerifyConfig(of=RulesConfig()), "verify")
@@ -142,10 +133,6 @@ def test_the_split_is_the_judged_worlds() -> None:
         assert len(shown) > 100 and not shown & held_out
 
 
-class Nothing(Config):
-    """The config of a run directory."""
-
-
 class StalledPlayer(Player):
     """A third of every group is right, however it learns; verdicts are what they are."""
 
@@ -157,34 +144,17 @@ class StalledPlayer(Player):
 
 def stalled(folder: Path, name: str, steps: tuple[int, ...]) -> tuple[RunDir, dict[str, Any]]:
     """A stage of an expert that gets no better, ended and gone on with after each of ``steps`` but the last."""
-    model = folder / "model"
-    if not model.exists():
-        make_model("longcat2", vocab_size=len(make_tokenizer())).save_pretrained(model)
-        make_tokenizer().save_pretrained(model)
     given = {"requests": RequestsConfig(), "verify": VerifyConfig(of=RequestsConfig())}
+    run: RunDir | None = None
     for last in steps:
         worlds = {n: make_world(c, n) for n, c in given.items()}
         judge = worlds["verify"]
         assert isinstance(judge, Verify)
-        stage = Stage(
-            name="expert-toy",
-            start=model,
-            loop=LoopConfig(steps=last, groups_per_step=2, group_size=3, max_staleness=0, checkpoint_every=1),
-            trainer=TrainerConfig(lr=1e-3, warmup_steps=0, decay=False),
-            loss=DppoLoss(constant_length=8),
-            engine=LocalEngineConfig(slots=8, max_context=128),
-            credit=GroupCredit(GroupCreditConfig()),
-            player=StalledPlayer(worlds, Chat(make_tokenizer()), RewardConfig()),
-            source=SelfVerification(TaskStream(worlds, {"requests": 1.0}, 20, 3), judge, CONFIG, 3),
-            shares={"requests": 1.0},
-            judging="verify",
-            seed=3,
-        )
-        with RunDir.open(folder / name, Nothing()) as run:
-            metrics = Metrics(run.metrics_file)
-            asyncio.run(run_stage(stage, run, metrics, Progress(disable=True)))
-            metrics.close()
-    return run, torch.load(run.checkpoint("expert-toy") / "state.pt", weights_only=True)  # pyright: ignore[reportPossiblyUnboundVariable]
+        source = SelfVerification(TaskStream(worlds, {"requests": 1.0}, 20, 3), judge, CONFIG, 3)
+        pace = {"steps": last, "max_staleness": 0, "checkpoint_every": 1}
+        run = train(folder, name, toy_stage(folder, worlds, StalledPlayer, pace, source=source, judging="verify"))
+    assert run is not None
+    return run, torch.load(run.checkpoint("expert-toy") / "state.pt", weights_only=True)
 
 
 def test_a_stage_that_stalls_judges_its_own_answers_and_a_resumed_one_the_same(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ Synchronous mode, so that what a stage ends with can be compared bit for bit."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import subprocess
@@ -17,39 +16,27 @@ from typing import Any
 
 import pytest
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from envs.worlds import RequestsConfig, make_world
-from experts.credit import GroupCredit, GroupCreditConfig
 from experts.rollouts import Player
-from experts.tasks import TaskStream
-from experts.train import Stage, rolled_back, run_stage
+from experts.train import Stage, rolled_back
 from fusion.report import write_report
-from posttrain.chat import Chat
-from posttrain.config import Config
 from posttrain.errors import UserError
 from posttrain.journal import read_journal
-from posttrain.metrics import Metrics
-from posttrain.objective_settings import DppoLoss
 from posttrain.run import RunDir
-from posttrain.settings import LocalEngineConfig, LoopConfig, TrainerConfig
+from posttrain.settings import TrainerConfig
 from posttrain.trainer import save_state
 from posttrain.types import Rollout, Score
 from posttrain.watch import Paused
 from posttrain.watch_settings import RULES, Rule, WatchConfig
-from rewards import RewardConfig
-from tests.posttrain.tiny import make_model, make_tokenizer
+from tests.toy_stage import toy_stage, train
 
 STEPS, BATCH, SIZE = 12, 2, 3
 BROKEN = range(12, 20)
 """Groups whose reward is turned over: those of steps 7 to 10, if all goes on."""
 PACE: dict[str, Any] = {"max_staleness": 0, "checkpoint_every": 2, "wait_s": 120.0}
 ROOT = Path(__file__).parents[2]
-
-
-class Nothing(Config):
-    """The config of a run directory."""
 
 
 class BreakingPlayer(Player):
@@ -74,42 +61,27 @@ class Bench:
 
     folder: Path
 
-    def __post_init__(self) -> None:
-        self.model = self.folder / "model"
-        if not self.model.exists():
-            make_model("longcat2", vocab_size=len(make_tokenizer())).save_pretrained(self.model)
-            make_tokenizer().save_pretrained(self.model)
-
     def stage(self, watch: WatchConfig, steps: int = STEPS, broken: range = BROKEN, **loop: Any) -> Stage:
         worlds = {"requests": make_world(RequestsConfig(), "requests")}
-        player = BreakingPlayer(worlds, Chat(make_tokenizer()), RewardConfig())
-        player.broken = broken
-        return Stage(
-            name="expert-toy",
-            start=self.model,
-            loop=LoopConfig(steps=steps, groups_per_step=BATCH, group_size=SIZE, **{**PACE, **loop}),
-            trainer=TrainerConfig(lr=1e-2, warmup_steps=0, decay=False),
-            loss=DppoLoss(constant_length=8),
-            engine=LocalEngineConfig(slots=8, max_context=128),
-            credit=GroupCredit(GroupCreditConfig()),
-            player=player,
-            source=TaskStream(worlds, {"requests": 1.0}, 20, seed=3),
-            shares={"requests": 1.0},
-            seed=3,
-            watch=watch,
-        )
+        pace = {"steps": steps, **PACE, **loop}
+        trainer = TrainerConfig(lr=1e-2, warmup_steps=0, decay=False)
+        stage = toy_stage(self.folder, worlds, BreakingPlayer, pace, trainer=trainer, watch=watch)
+        assert isinstance(stage.player, BreakingPlayer)
+        stage.player.broken = broken
+        return stage
 
     def run(self, name: str, stage: Stage) -> RunDir:
-        with RunDir.open(self.folder / name, Nothing()) as run:
-            metrics, handler = Metrics(run.metrics_file), logging.FileHandler(run.log_file)
-            logging.getLogger("experts.train").addHandler(handler)
-            try:
-                asyncio.run(run_stage(stage, run, metrics, Progress(disable=True)))
-            finally:
-                metrics.close()
-                logging.getLogger("experts.train").removeHandler(handler)
-                handler.close()
-        return run
+        handler = logging.FileHandler((self.folder / name).with_suffix(".log"))
+        logging.getLogger("experts.train").addHandler(handler)
+        try:
+            return train(self.folder, name, stage)
+        finally:
+            logging.getLogger("experts.train").removeHandler(handler)
+            handler.close()
+
+
+def log_of(run: RunDir) -> str:
+    return run.path.with_suffix(".log").read_text()
 
 
 def records(run: RunDir) -> list[dict[str, Any]]:
@@ -151,7 +123,7 @@ def test_a_warning_is_in_metrics_log_and_record_and_changes_nothing(warned: RunD
     (alarm,) = [a for a in alarms(warned) if a["rule"] == "mine"]
     assert (alarm["version"], alarm["do"], alarm["roll_backs"]) == (8, "warn", 0)
     assert alarm["text"].endswith("divided by 2, for 2 steps")
-    said = [line for line in warned.log_file.read_text().splitlines() if "rule mine" in line]
+    said = [line for line in log_of(warned).splitlines() if "rule mine" in line]
     assert said == [f"expert-toy: at version 8 by the rule mine: {alarm['text']}"], "once, though it holds for three"
     assert state(warned)["finished"] == list(range(STEPS * BATCH))
     assert not (warned.checkpoint("expert-toy") / "good.pt").exists(), "no rule rolls back"
@@ -196,7 +168,7 @@ def test_a_roll_back_ends_with_the_good_weights_and_goes_on(bench: Bench) -> Non
     """Version 8 is the second bad one, so back to 6, which is good; groups 16 to 19 are as bad, so back once more; then
     20 and so on. The same weights, bit for bit, come of a run that is taken from its version 6 to 20 by hand."""
     run = bench.run("rolled", bench.stage(WatchConfig(rules={"mine": rule("roll_back")})))
-    assert [line for line in run.log_file.read_text().splitlines() if "rolled back" in line] == [
+    assert [line for line in log_of(run).splitlines() if "rolled back" in line] == [
         "expert-toy: rolled back from version 8 to 6 by the rule mine"
     ] * 2
     assert [(a["rule"], a["version"], a["roll_backs"]) for a in alarms(run) if a["do"] == "roll_back"] == [

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -173,10 +175,36 @@ def test_ledger_skips_what_is_done_and_clears_what_has_changed(tmp_path: Path) -
         run.done("sft", two)
 
 
-def test_log_goes_to_the_file(tmp_path: Path) -> None:
+@contextmanager
+def own_logging() -> Iterator[int]:
+    """What is set up inside is taken away again. Gives the number of handlers before."""
     root = logging.getLogger()
     before = (list(root.handlers), root.level)
     try:
+        yield len(before[0])
+    finally:
+        for handler in [h for h in root.handlers if h not in before[0]]:
+            root.removeHandler(handler)
+            with suppress(OSError):
+                handler.close()
+        root.setLevel(before[1])
+        logging.captureWarnings(False)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_is_no_matter_of_the_log_and_a_wrong_record_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with own_logging():
+        start_logging("/dev/full")
+        logging.getLogger("posttrain.loop").info("step %d", 3)
+        assert "Logging error" not in capsys.readouterr().err
+        (handler,) = [h for h in logging.getLogger().handlers if getattr(h, "baseFilename", "") == "/dev/full"]
+        handler.handle(logging.LogRecord("posttrain.loop", logging.INFO, "f.py", 1, "step %d", ("three",), None))
+        assert "Logging error" in capsys.readouterr().err
+
+
+def test_log_goes_to_the_file(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    with own_logging() as before:
         start_logging(tmp_path / "one.txt")
         start_logging(tmp_path / "log.txt")
         logging.getLogger("posttrain.loop").info("step %d", 3)
@@ -188,10 +216,4 @@ def test_log_goes_to_the_file(tmp_path: Path) -> None:
             "WARNING other  care",
         ]
         assert not (tmp_path / "one.txt").exists()
-        assert len(root.handlers) == len(before[0]) + 2
-    finally:
-        for handler in [h for h in root.handlers if h not in before[0]]:
-            root.removeHandler(handler)
-            handler.close()
-        root.setLevel(before[1])
-        logging.captureWarnings(False)
+        assert len(root.handlers) == before + 2

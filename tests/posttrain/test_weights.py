@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from posttrain.errors import UserError
 from posttrain.weights import SHM, SharedWeights, fingerprint, read_into, state_of
 from tests.posttrain.tiny import make_model
 
@@ -110,3 +113,24 @@ def test_a_fingerprint_knows_names() -> None:
             self.register_buffer(name, torch.ones(2))
 
     assert fingerprint(Named("a")) != fingerprint(Named("b"))
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is elsewhere on this system")
+def test_memory_that_is_not_to_be_had_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not by a bus error at the first write; and nothing is left behind."""
+
+    def full(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = set(Path("/dev/shm").iterdir())
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"^/dev/shm: there is no room for 3 MiB of weights"):
+        SharedWeights({"w": torch.zeros(3 << 18)})
+    assert set(Path("/dev/shm").iterdir()) <= before
+
+    def unknown(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not on this file system")
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown)
+    SharedWeights({"w": torch.zeros(3)}).close()
