@@ -14,7 +14,7 @@ from posttrain.config import Config
 from posttrain.types import Rollout, Sample, StopReason
 from rewards.repetition import RepetitionPart
 
-_TRUNCATED = (StopReason.CONTEXT_OVERFLOW, StopReason.AGENT_TIMEOUT)
+TRUNCATED = (StopReason.CONTEXT_OVERFLOW, StopReason.AGENT_TIMEOUT)
 """Ends that a limit put. ``LOOP`` is none of them: it is the agent's own repetition."""
 _REPETITION = RepetitionPart()
 
@@ -90,7 +90,7 @@ class GroupCredit:
     def _complete(self, rollout: Rollout) -> bool:
         """Whether its value says how good it is. What was cut short could still have become right: left in the mean,
         its 0 would raise the others' advantages, and so contribute to the loss after all."""
-        if self.config.truncated == "keep" or rollout.stop not in _TRUNCATED:
+        if self.config.truncated == "keep" or rollout.stop not in TRUNCATED:
             return True
         return 1.0 - _REPETITION(rollout, 0.0) >= self.config.repetition
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from experts.credit import TRUNCATED
 from posttrain.groups import Group
-from posttrain.types import Rollout, StopReason
+from posttrain.types import Rollout
 from rewards.repetition import RepetitionPart
-
-_CUT_SHORT = (StopReason.CONTEXT_OVERFLOW, StopReason.AGENT_TIMEOUT)
 
 
 def batch_stats(batch: Sequence[Group], version: int) -> dict[str, float]:
@@ -23,7 +22,7 @@ def batch_stats(batch: Sequence[Group], version: int) -> dict[str, float]:
         "parse_failures": sum(len(r.parse_errors) for r in valid) / max(1, sum(map(_turns, valid))),
         "tool_errors": _mean([r.tool_errors for r in valid]),
         "sampled_tokens": _mean([r.sampled_tokens for r in valid]),
-        "truncated": _mean([r.stop in _CUT_SHORT for r in valid]),
+        "truncated": _mean([r.stop in TRUNCATED for r in valid]),
         "repetition": _mean([1.0 - repetition(r, 0.0) for r in valid]),
         "silent_groups": _mean([not g.samples for g in batch]),
     }
