@@ -20,7 +20,8 @@ from rich.progress import Progress
 from experts.rollouts import Player
 from experts.stats import batch_stats, reading
 from posttrain.engine.local import LocalEngine
-from posttrain.engine.start import start_engine
+from posttrain.engine.start import start_engine, weights_outlet
+from posttrain.engine.vllm import VllmEngine
 from posttrain.errors import EngineError, UserError
 from posttrain.files import write_text
 from posttrain.groups import Group, TaskSource
@@ -31,7 +32,7 @@ from posttrain.model.checkpoint import load_any
 from posttrain.objective_settings import LossConfig
 from posttrain.protocols import Credit
 from posttrain.run import RunDir
-from posttrain.settings import LocalEngineConfig, LoopConfig, TrainerConfig
+from posttrain.settings import EngineConfig, LoopConfig, TrainerConfig
 from posttrain.trainer import Trainer, save_state
 from posttrain.types import Rollout
 from posttrain.waits import forget
@@ -52,7 +53,7 @@ class Stage:
     loop: LoopConfig
     trainer: TrainerConfig
     loss: LossConfig
-    engine: LocalEngineConfig
+    engine: EngineConfig
     credit: Credit
     player: Player
     source: TaskSource
@@ -124,11 +125,13 @@ async def _train(stage: Stage, run: RunDir, metrics: Metrics, show: Callable[...
     """From the last checkpoint to the end, or until a rule wants something else."""
     folder = run.checkpoint(stage.name)
     torch.manual_seed(stage.seed)
-    trainer = Trainer(load_any(stage.start, torch.float32), stage.trainer, stage.loss, stage.loop.steps)
+    work = run.weights(stage.name)
+    outlet = weights_outlet(stage.engine, work, stage.loop.max_staleness + 1)
+    trainer = Trainer(load_any(stage.start, torch.float32), stage.trainer, stage.loss, stage.loop.steps, outlet)
     engine = None
     try:
         steps = _Steps(stage, run, metrics, show, trainer)
-        engine = await start_engine(stage.engine, stage.start)
+        engine = await start_engine(stage.engine, stage.start, work)
         await steps.take(engine)
     finally:
         if engine is not None:
@@ -168,7 +171,7 @@ class _Steps:
         self.roll_backs = state["roll_backs"]
         log.info("%s: resumed at version %d", self.stage.name, self.trainer.version)
 
-    async def take(self, engine: LocalEngine) -> None:
+    async def take(self, engine: LocalEngine | VllmEngine) -> None:
         """Run the loop to its end."""
         stage, version = self.stage, self.trainer.version
         journal_path = self.run.rollouts(stage.name)

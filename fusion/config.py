@@ -11,7 +11,7 @@ from envs.worlds import WorldConfig, make_world
 from experts.config import ColdStartConfig, ConversionConfig, EvaluationConfig, ExpertConfig
 from posttrain.config import Config
 from posttrain.objective_settings import DistillLoss
-from posttrain.settings import LocalEngineConfig, LoopConfig, ModelConfig, TrainerConfig
+from posttrain.settings import EngineConfig, LocalEngineConfig, LoopConfig, ModelConfig, TrainerConfig, VllmEngineConfig
 from posttrain.watch_settings import WatchConfig
 
 
@@ -39,7 +39,7 @@ class PipelineConfig(Config):
     """Everything random hangs on it."""
     model: ModelConfig
     """What is trained."""
-    engine: LocalEngineConfig = LocalEngineConfig()
+    engine: EngineConfig = LocalEngineConfig()
     """Where rollouts are sampled."""
     worlds: dict[str, WorldConfig]
     """Name to world."""
@@ -88,13 +88,38 @@ class PipelineConfig(Config):
         replaying = [f"experts.{e}" for e, c in self.experts.items() if c.trainer.replay_choices]
         replaying += ["general"] if self.general is not None and self.general.trainer.replay_choices else []
         replaying += ["fusion"] if self.fusion.trainer.replay_choices else []
-        if replaying and not self.engine.record_choices:
+        if replaying and not (isinstance(self.engine, LocalEngineConfig) and self.engine.record_choices):
             raise ValueError(
-                f"{replaying[0]}.trainer.replay_choices: there is nothing to replay; set engine.record_choices to true"
+                f"{replaying[0]}.trainer.replay_choices: there is nothing to replay; set engine.record_choices to "
+                "true, which engine.type local has"
             )
+        if isinstance(self.engine, VllmEngineConfig):
+            _served_by_vllm(self, self.engine)
         if self.cold_start is None and self.model.type == "longcat2":
             raise ValueError("cold_start: a model that starts at random needs one; set it or use model.type pretrained")
         return self
+
+
+def _served_by_vllm(config: PipelineConfig, engine: VllmEngineConfig) -> None:
+    """Raises ValueError, with the key, for what vLLM cannot serve."""
+    if config.model.type == "longcat2":
+        raise ValueError("engine.type: vllm does not serve models of type longcat2 (docs/vllm.md); use local")
+    stages = {f"experts.{name}": c for name, c in config.experts.items()} | {"fusion": config.fusion}
+    stages |= {"general": config.general} if config.general is not None else {}
+    for key, stage in stages.items():
+        loop, lora = stage.loop, stage.trainer.lora
+        if (engine.weights == "lora") != (lora is not None):
+            wanted = "needs adapters: set it" if lora is None else "is for engine.weights lora: set that, or drop it"
+            raise ValueError(f"{key}.trainer.lora: engine.weights {engine.weights} {wanted}")
+        if lora is not None and lora.rank > engine.max_lora_rank:
+            raise ValueError(f"engine.max_lora_rank: {engine.max_lora_rank} is less than {key}.trainer.lora.rank")
+        versions = loop.max_staleness + 1 if loop.versions == "pinned" else 1
+        room, name = (engine.max_loras, "max_loras") if lora else (len(engine.servers) or engine.replicas, "replicas")
+        if versions > room:
+            raise ValueError(
+                f"engine.{name}: {room} cannot serve the {versions} versions of {key}.loop.versions pinned with "
+                f"max_staleness {loop.max_staleness} side by side; set it to {versions}"
+            )
 
 
 def judging_of(config: PipelineConfig) -> dict[str, str]:

@@ -42,6 +42,7 @@ from posttrain.chat import Chat, train_tokenizer
 from posttrain.config import digest
 from posttrain.engine.local import LocalEngine
 from posttrain.engine.start import start_engine
+from posttrain.engine.vllm import VllmEngine
 from posttrain.files import remove, write_json
 from posttrain.groups import TaskSource, derive_seed
 from posttrain.journal import Journal, read_journal
@@ -49,7 +50,7 @@ from posttrain.metrics import Metrics
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.model.checkpoint import load_any
 from posttrain.run import RunDir
-from posttrain.settings import Longcat2Model
+from posttrain.settings import LocalEngineConfig, Longcat2Model
 from posttrain.types import Weights
 from rewards import RewardConfig
 
@@ -68,7 +69,7 @@ class Pipeline:
         self.worlds = {name: make_world(world, name) for name, world in config.worlds.items()}
         self.domains = domains_of(config)
         self.digests: dict[str, str] = {}
-        self._engine: LocalEngine | None = None
+        self._engine: LocalEngine | VllmEngine | None = None
 
     def close(self) -> None:
         """Close what is open; idempotent."""
@@ -289,10 +290,17 @@ class Pipeline:
         write_report(self.run)
         return found
 
-    async def _engine_for_all(self, stack: AsyncExitStack, base: Path) -> LocalEngine:
+    async def _engine_for_all(self, stack: AsyncExitStack, base: Path) -> LocalEngine | VllmEngine:
         """The engine that all policies are evaluated on; started when the first of them needs it."""
         if self._engine is None:
-            self._engine = await start_engine(self.config.engine.model_copy(update={"record_choices": False}), base)
+            # What is judged has whole weights, and is not trained.
+            plain = (
+                {"record_choices": False}
+                if isinstance(self.config.engine, LocalEngineConfig)
+                else {"weights": "folder"}
+            )
+            config = self.config.engine.model_copy(update=plain)
+            self._engine = await start_engine(config, base, self.run.weights("evaluation"))
             stack.push_async_callback(self._engine.close)
         return self._engine
 
@@ -301,7 +309,7 @@ class Pipeline:
         stage: str,
         label: str,
         base: Path,
-        start: Callable[[], Coroutine[Any, Any, LocalEngine]],
+        start: Callable[[], Coroutine[Any, Any, LocalEngine | VllmEngine]],
         weights: Weights,
         resumed: bool,
     ) -> list[Path]:

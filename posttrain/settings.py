@@ -55,6 +55,62 @@ class LocalEngineConfig(Config):
     or have it computed anew, so that the next log-prob is the new policy's given the whole context."""
 
 
+class VllmEngineConfig(Config):
+    """``vllm serve``, in processes of its own or somewhere else."""
+
+    type: Literal["vllm"]
+    command: tuple[str, ...] = (".venv-vllm/bin/vllm",)
+    """What starts vLLM; ``scripts/install-vllm.sh`` puts it where this looks."""
+    servers: list[str] = Field(default_factory=list[str])
+    """Addresses of servers that run already, started as docs/vllm.md says; empty: start ``replicas`` here."""
+    replicas: Annotated[int, Field(gt=0)] = 1
+    """Servers with the whole model each."""
+    devices: list[str] = Field(default_factory=list[str])
+    """CUDA_VISIBLE_DEVICES of each replica; empty: all of them see all."""
+    slots: Annotated[int, Field(gt=0)] = 64
+    """Requests in one forward of a replica."""
+    max_context: Annotated[int, Field(gt=0)] = 512
+    """Tokens a conversation may hold."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and activations; auto: as the model's config says. Without AVX-512 a CPU is fastest in float32."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory for keys and values; null: vLLM takes most of the GPU."""
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """CPU threads of a server on a CPU; null: on a GPU."""
+    eager: bool = False
+    """Without compilation and CUDA graphs: starts sooner, samples slower on a GPU."""
+    weights: Literal["folder", "lora"] = "folder"
+    """How new versions come: in full through a folder that the servers can read too, or as adapters, of which several
+    are served side by side (needs ``trainer.lora``)."""
+    max_loras: Annotated[int, Field(gt=0)] = 4
+    """Adapters served side by side."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 16
+    """At least ``trainer.lora.rank``."""
+    max_logprobs: Annotated[int, Field(ge=0)] = 64
+    """Most likely tokens that a score may be asked for."""
+    on_swap: Literal["keep", "recompute"] = "keep"
+    """See ``LocalEngineConfig``."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Bound on the wait for any answer, in seconds."""
+    start_s: Annotated[float, Field(gt=0)] = 900.0
+    """Bound on the start of a server, in seconds."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often a server may be started anew because it died, and then how often a stage may start a new engine."""
+    args: list[str] = Field(default_factory=list[str])
+    """More arguments of ``vllm serve``."""
+    env: dict[str, str] = Field(default_factory=dict[str, str])
+    """More environment variables of the servers."""
+
+    @model_validator(mode="after")
+    def _a_device_each(self) -> VllmEngineConfig:
+        if self.devices and len(self.devices) != self.replicas:
+            raise ValueError(f"devices: {len(self.devices)} entries for {self.replicas} replicas; give one a replica")
+        return self
+
+
+EngineConfig = Annotated[LocalEngineConfig | VllmEngineConfig, Field(discriminator="type")]
+
+
 class LoraConfig(Config):
     """Low-rank adapters instead of full weights (peft)."""
 
@@ -126,6 +182,9 @@ class TrainerConfig(OptimizerSettings):
     """Forward what the rollouts of a group begin with once for all of them, where the model's only memory of a token is
     its keys and values. The gradient is the same up to rounding. Pays on a CPU; on a GPU only where prompts are as
     long as what is sampled or longer (``benchmarks/long_sequences.py``), since attention then needs a mask."""
+    compile: bool = False
+    """Fuse the model's operations (torch.compile, for any shapes). The first steps then take a minute or two; what it
+    saves of every later one: ``benchmarks/long_sequences.py``. For models of transformers."""
     freeze: list[str] = Field(default_factory=list[str])
     """Regular expressions; parameters whose name matches one are not trained."""
     lora: LoraConfig | None = None

@@ -33,7 +33,7 @@ from posttrain.optim import make_optimizer
 from posttrain.prompts import can_share, read
 from posttrain.settings import TrainerConfig
 from posttrain.types import Sample, Weights
-from posttrain.weights import SHM, SharedWeights, state_of
+from posttrain.weights import Outlet, SharedOutlet, state_of
 
 
 class _Earlier(NamedTuple):
@@ -46,11 +46,18 @@ class _Earlier(NamedTuple):
 
 
 class Trainer:
-    """Owns the model being trained, its optimizer and the block through which the engine gets its weights.
+    """Owns the model being trained, its optimizer and the outlet through which the engine gets its weights.
 
     ``model`` is where the stage starts, also for a trainer that is then restored: the reference of ``loss.kl``."""
 
-    def __init__(self, model: PreTrainedModel, config: TrainerConfig, loss: LossConfig, total_steps: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: TrainerConfig,
+        loss: LossConfig,
+        total_steps: int,
+        outlet: Outlet | None = None,
+    ):
         torch.set_num_threads(config.threads)
         if config.deterministic:
             determinism.enforce()
@@ -78,6 +85,8 @@ class Trainer:
             )
             trained = peft.get_peft_model(model, spec)  # pyright: ignore[reportArgumentType]
         optimizer = make_optimizer(trained.named_parameters(), config)
+        if config.compile:
+            _compile(model)
         total = max(1, total_steps * config.updates_per_batch)
 
         def rate(step: int) -> float:
@@ -90,7 +99,7 @@ class Trainer:
         self._shares_prompts = config.share_prompts and alone and not ours and can_share(model)
         # Not prepared: Accelerate would advance it once a process and step.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        self._shared: SharedWeights | None = None
+        self._outlet: Outlet = outlet or SharedOutlet()
 
     def step(self, samples: Sequence[Sample], num_rollouts: int) -> dict[str, float]:
         """Train on ``samples``, which came from ``num_rollouts`` rollouts (those without signal counted too).
@@ -229,11 +238,16 @@ class Trainer:
 
     def publish(self) -> Weights:
         """Put the weights where the engine can take them. The engine must have taken the last ones before."""
-        state = self.weights()
-        if self._shared is None:
-            self._shared = SharedWeights(state)
-        self._shared.write(state)
-        return Weights(version=self.version, where=SHM + self._shared.name)
+        return Weights(version=self.version, where=self._outlet.put(self))
+
+    def save_policy(self, folder: Path) -> None:
+        """The policy as it is now in Hugging Face format, adapters added in; training can go on."""
+        self.base.save_pretrained(folder, state_dict=self.weights())
+
+    def save_adapter(self, folder: Path) -> None:
+        """The adapter alone, in peft's format."""
+        assert self.config.lora is not None
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
 
     def save(self, folder: Path) -> None:
         """The policy in Hugging Face format, adapters merged."""
@@ -264,10 +278,17 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
     def close(self) -> None:
-        """Remove the shared block; idempotent."""
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        """Take away what was published; idempotent."""
+        self._outlet.close()
+
+
+def _compile(model: PreTrainedModel) -> None:
+    if isinstance(model, Longcat2ForCausalLM):
+        raise UserError(
+            "trainer.compile: models of type longcat2 choose experts and columns as they go: set it to false"
+        )
+    # In place, so that names of weights stay. Not the head, which token_logprobs applies in chunks.
+    model.base_model.compile(dynamic=True)
 
 
 def _replay(batch: Batch) -> list[LayerReplay] | None:

@@ -1,6 +1,7 @@
-"""How a policy's weights travel: through a shared-memory block on one machine, or through a folder.
+"""How a policy's weights travel: through a shared-memory block on one machine, or through a folder that holds all of
+them or an adapter.
 
-Both sides derive the layout from the model itself (``state_dict`` order), so nothing but the bytes is sent.
+Of a block both sides derive the layout from the model itself (``state_dict`` order), so nothing but the bytes is sent.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import os
 from collections.abc import Mapping
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
-from posttrain.files import no_room
+from posttrain.files import needs_room, new_folder, no_room, remove
 
 SHM = "shm:"
 _ALIGN = 64
@@ -98,6 +100,85 @@ class SharedWeights:
         if self._owner:
             self._memory.unlink()
             self._owner = False
+
+
+class Published(Protocol):
+    """What an outlet needs of the trainer."""
+
+    version: int
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The policy's state dict as the engine's model has it."""
+        ...
+
+    def save_policy(self, folder: Path) -> None:
+        """The policy in Hugging Face format."""
+        ...
+
+    def save_adapter(self, folder: Path) -> None:
+        """What is trained beside the base, in peft's format."""
+        ...
+
+
+class Outlet(Protocol):
+    """Where the trainer puts its weights for an engine."""
+
+    def put(self, policy: Published) -> str:
+        """Put the weights there; returns ``types.Weights.where``. The engine must have taken the last ones before."""
+        ...
+
+    def close(self) -> None:
+        """Take away what nobody needs any more; idempotent."""
+        ...
+
+
+class SharedOutlet:
+    """One block, written over every time: for an engine on the same machine."""
+
+    def __init__(self) -> None:
+        self._shared: SharedWeights | None = None
+
+    def put(self, policy: Published) -> str:
+        """See ``Outlet``."""
+        state = policy.weights()
+        if self._shared is None:
+            self._shared = SharedWeights(state)
+        self._shared.write(state)
+        return SHM + self._shared.name
+
+    def close(self) -> None:
+        """See ``Outlet``."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+
+
+class FolderOutlet:
+    """A folder a version under ``root``, the last ``last`` of them: a server that starts anew reads them again."""
+
+    def __init__(self, root: Path, *, last: int = 2, adapters: bool = False) -> None:
+        self.root, self._last, self._adapters = root, last, adapters
+        self._there: list[Path] = []
+
+    def put(self, policy: Published) -> str:
+        """See ``Outlet``."""
+        path = self.root / f"v{policy.version}"
+        with needs_room(path), new_folder(path) as partial:
+            if self._adapters:
+                policy.save_adapter(partial)
+            else:
+                policy.save_policy(partial)
+        self._there = [*(p for p in self._there if p != path), path]
+        for old in self._there[: -self._last]:
+            remove(old)
+        self._there = self._there[-self._last :]
+        return str(path.resolve())
+
+    def close(self) -> None:
+        """See ``Outlet``."""
+        for path in self._there:
+            remove(path)
+        self._there = []
 
 
 def read_into(model: nn.Module, where: str) -> None:

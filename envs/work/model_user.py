@@ -78,7 +78,7 @@ class _Served:
     async def _start(self, config: ModelUserConfig) -> Engine:
         from posttrain.engine.start import start_engine
 
-        return await start_engine(config.engine, config.path)
+        return await start_engine(config.engine, config.path, config.path)
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run ``work`` in the engine's loop."""

@@ -1,15 +1,17 @@
-"""The one place that turns an engine's config into an engine."""
+"""The one place that turns an engine's config into an engine, and into where the trainer puts weights for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from posttrain.engine.local import LocalEngine
-from posttrain.settings import LocalEngineConfig
+from posttrain.engine.vllm import VllmEngine
+from posttrain.settings import EngineConfig, LocalEngineConfig, VllmEngineConfig
+from posttrain.weights import FolderOutlet, Outlet, SharedOutlet
 
 
-async def start_engine(config: LocalEngineConfig, folder: Path) -> LocalEngine:
-    """The engine that the config names, serving the model in ``folder``."""
+async def start_engine(config: EngineConfig, folder: Path, work: Path) -> LocalEngine | VllmEngine:
+    """The engine that the config names, serving the model in ``folder``. ``work`` is a folder for what it writes."""
     match config:
         case LocalEngineConfig():
             return await LocalEngine.start(
@@ -22,3 +24,14 @@ async def start_engine(config: LocalEngineConfig, folder: Path) -> LocalEngine:
                 record_choices=config.record_choices,
                 on_swap=config.on_swap,
             )
+        case VllmEngineConfig():
+            return await VllmEngine.start(config, folder, work)
+
+
+def weights_outlet(config: EngineConfig, work: Path, versions: int) -> Outlet:
+    """Where that engine takes weights from. ``versions``: as many as may be served side by side."""
+    match config:
+        case LocalEngineConfig():
+            return SharedOutlet()
+        case VllmEngineConfig():
+            return FolderOutlet(work, last=versions + 1, adapters=config.weights == "lora")

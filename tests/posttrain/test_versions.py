@@ -336,7 +336,7 @@ def test_the_engine_does_what_its_config_says(on_swap: Any, tmp_path: Path) -> N
 
     async def scenario() -> Completion:
         config = LocalEngineConfig(slots=4, max_context=240, timeout_s=120, on_swap=on_swap)
-        engine = await start_engine(config, tmp_path / "old")
+        engine = await start_engine(config, tmp_path / "old", tmp_path)
         long = asyncio.create_task(engine.generate(r.ids, r.sampling))
         await engine.generate((3, 4), Sampling(max_tokens=5))
         await engine.load(Weights(version=1, where=str(tmp_path / "new")))
@@ -361,7 +361,7 @@ def test_loads_do_not_let_the_process_grow(tmp_path: Path) -> None:
     assert megabytes > 20
 
     async def scenario() -> tuple[list[float], list[int]]:
-        engine = await start_engine(LocalEngineConfig(slots=4, max_context=64, timeout_s=120), tmp_path)
+        engine = await start_engine(LocalEngineConfig(slots=4, max_context=64, timeout_s=120), tmp_path, tmp_path)
         shared, used, residents = SharedWeights(state_of(model)), list[float](), list[int]()
         shared.write(state_of(model))
         assert engine.resident() == (0,)

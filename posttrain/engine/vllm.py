@@ -1,0 +1,296 @@
+"""vLLM as the engine: one or several ``vllm serve``, tokens in and out over HTTP.
+
+What vLLM leaves to its user, and where it is seen to here:
+
+- Weights may be changed only while generation is paused (``_switch``); pushed under a running request they end the
+  server. Every token comes back with the version that sampled it, which vLLM stamps itself.
+- Its prefix cache does not know of weights: every request's blocks are salted with the version that it starts from.
+- A server has one set of full weights. Versions side by side are adapters (``weights: lora``) on one server, or
+  replicas that have not taken the newest weights yet.
+- A request that must move (its server takes other weights, or its adapter goes) is aborted, and goes on elsewhere from
+  the tokens that it has. If its server died, a new one starts and the request is asked again, from its beginning.
+
+Requests of the same beginning go to the same replica, unless others have far less to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.speculative import DraftCounts
+from posttrain.engine.vllm_server import NAME, Server, ServerGone
+from posttrain.errors import EngineError
+from posttrain.settings import VllmEngineConfig
+from posttrain.types import Completion, Sampling, Weights
+
+log = logging.getLogger(__name__)
+
+_STICKY = 64
+"""Tokens at the beginning by which a request finds the replica that has seen them."""
+_SPILL = 8
+"""More requests than another one's that a replica may have before it is too many."""
+
+
+@dataclass(eq=False)
+class _Replica:
+    """A server, what it serves and who waits for it."""
+
+    server: Server
+    versions: dict[int, str]
+    """Version to the folder it came from. One, if weights are full; any number of adapters."""
+    running: dict[str, int | None] = field(default_factory=dict[str, "int | None"])
+    """Name of a request to the version it is pinned to."""
+    reviving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lives: int = 0
+
+
+@dataclass
+class _Partial:
+    """A completion so far."""
+
+    ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    versions: list[int] = field(default_factory=list[int])
+
+
+class VllmEngine:
+    """Implements ``protocols.Engine``. Create with ``await VllmEngine.start(...)``."""
+
+    def __init__(self, config: VllmEngineConfig, model: Path, work: Path) -> None:
+        self.config, self.newest = config, 0
+        settings = json.loads((model / "config.json").read_text())
+        self._vocabulary: int = settings["vocab_size"]
+        self._names = (f"r{n}" for n in itertools.count())
+        self._loading = asyncio.Lock()
+        self._closed = False
+        self._lives = 0
+        count = len(config.servers) or config.replicas
+        servers = [Server(config, model, work / f"vllm-{n}.log", n) for n in range(count)]
+        self._replicas = [_Replica(server, {0: str(model)}) for server in servers]
+
+    @classmethod
+    async def start(cls, config: VllmEngineConfig, model: Path, work: Path) -> VllmEngine:
+        """Start the servers of ``config``, or find those that it names, serving ``model`` as version 0; their logs are
+        in ``work``. Raises UserError if vLLM is not to be had and EngineError if a server does not come up."""
+        engine = cls(config, model, work)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for replica in engine._replicas:
+                    tasks.create_task(engine._begin(replica))
+        except BaseException as error:
+            await engine.close()
+            raise (error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error) from None
+        return engine
+
+    async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
+        """See the protocol. Empty with finish ``length`` if the context leaves no room. ValueError: no ids."""
+        if not ids:
+            raise ValueError("nothing to continue: ids is empty")
+        most = min(sampling.max_tokens, self.config.max_context - len(ids))
+        found, finish = _Partial(), "length"
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                while len(found.ids) < most:
+                    finish = await self._advance(ids, sampling, most, found)
+                    if finish != "abort":
+                        break
+        except TimeoutError:
+            what = f"a completion of at most {sampling.max_tokens} tokens"
+            raise EngineError(f"waited {self.config.timeout_s:g} s for {what} (engine.timeout_s)") from None
+        return Completion(
+            ids=tuple(found.ids),
+            logprobs=tuple(found.logprobs),
+            versions=tuple(found.versions),
+            finish="stop" if finish == "stop" else "length",
+        )
+
+    async def _advance(self, ids: Sequence[int], sampling: Sampling, most: int, found: _Partial) -> str:
+        """One request, until it ends or is moved; adds its tokens to ``found``. Returns why it ended."""
+        version = self.newest if sampling.version is None else sampling.version
+        replica, name = self._route(ids, version, sampling.version is not None), next(self._names)
+        replica.running[name] = sampling.version
+        life = replica.lives
+        body = {
+            "request_id": name,
+            "model": self._served(version),
+            "token_ids": [*ids, *found.ids],
+            "cache_salt": f"version {version}",
+            "sampling_params": {
+                "temperature": sampling.temperature,
+                "max_tokens": most - len(found.ids),
+                # Where it goes on is another place in the sequence of random numbers.
+                "seed": (sampling.seed + len(found.ids)) % 2**63,
+                "stop_token_ids": [i for i in sampling.stop_ids if 0 <= i < self._vocabulary],
+                "ignore_eos": True,
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+        try:
+            reply = await replica.server.post("/inference/v1/generate", body)
+        except ServerGone as error:
+            await self._revive(replica, life, error)
+            return "abort"
+        except asyncio.CancelledError:
+            self._abort_soon(replica, [name])
+            raise
+        finally:
+            del replica.running[name]
+        return self._take(reply["choices"][0], sampling, version, found)
+
+    def _take(self, choice: dict[str, Any], sampling: Sampling, version: int, found: _Partial) -> str:
+        ids = choice["token_ids"]
+        versions = [version] * len(ids)
+        if self.config.weights != "lora":  # an adapter's name says it all
+            for span in choice["weight_versions"] or ():
+                versions[span["start"] : span["end"]] = [int(span["version"])] * (span["end"] - span["start"])
+        moved = choice["finish_reason"] == "abort"
+        if sampling.version is not None and (moved or any(v != sampling.version for v in versions)):
+            raise EngineError(f"version {sampling.version} was dropped before its request ended: {self._resident()}")
+        found.ids += ids
+        found.versions += versions
+        found.logprobs += [entry["logprob"] for entry in (choice["logprobs"] or {"content": ()})["content"] or ()]
+        return choice["finish_reason"]
+
+    def _served(self, version: int) -> str:
+        return f"v{version}" if self.config.weights == "lora" and version in self._adapters() else NAME
+
+    def _adapters(self) -> set[int]:
+        """Versions that are an adapter's; the base is none."""
+        return {v for r in self._replicas for v, where in r.versions.items() if where != str(r.server.model)}
+
+    def _route(self, ids: Sequence[int], version: int, pinned: bool) -> _Replica:
+        if self._closed:
+            raise EngineError("the engine is closed")
+        able = [r for r in self._replicas if version in r.versions]
+        if not able:
+            assert pinned  # somebody always has the newest
+            raise EngineError(f"version {version} is not resident in the engine: {self._resident()}")
+        usual = able[hash(tuple(ids[:_STICKY])) % len(able)]
+        idle = min(able, key=lambda r: len(r.running))
+        return idle if len(usual.running) > len(idle.running) + _SPILL else usual
+
+    def _resident(self) -> str:
+        versions = ", ".join(map(str, self.resident()))
+        return f"resident are {versions} (newest: {self.newest})"
+
+    def resident(self) -> tuple[int, ...]:
+        """Versions that a request can be pinned to. 0 is the model of the folder."""
+        return tuple(sorted({v for r in self._replicas for v in r.versions}))
+
+    def stats(self) -> DraftCounts:
+        """Nothing is drafted here."""
+        return DraftCounts()
+
+    # Weights
+
+    async def load(self, weights: Weights, keep: Collection[int] = ()) -> None:
+        """See the protocol. Raises EngineError if every replica serves a version of ``keep`` in full weights."""
+        async with self._loading:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            kept = {v for v in keep if v != weights.version}
+            targets = [r for r in self._replicas if self.config.weights == "lora" or not kept & r.versions.keys()]
+            if not targets:
+                raise EngineError(
+                    f"there is no replica for version {weights.version}: all serve versions to keep ("
+                    f"{self._resident()}). Set engine.replicas to loop.max_staleness + 1, or engine.weights to lora"
+                )
+            async with asyncio.TaskGroup() as tasks:
+                for replica in targets:
+                    tasks.create_task(self._give(replica, weights, kept))
+            self.newest = weights.version
+            for replica in self._replicas:
+                await self._drop(replica, kept | {weights.version})
+
+    async def _give(self, replica: _Replica, weights: Weights, kept: Collection[int]) -> None:
+        life = replica.lives
+        try:
+            if self.config.weights == "lora":
+                await self._add_adapter(replica, weights.version, weights.where)
+            else:
+                # Those pinned to what goes would have their last tokens from other weights.
+                await self._abort(replica, [n for n, pinned in replica.running.items() if pinned is not None])
+                await self._switch(replica, weights.version, weights.where)
+        except ServerGone as error:
+            replica.versions = self._after(replica, weights, kept)
+            await self._revive(replica, life, error)
+        replica.versions = self._after(replica, weights, kept)
+
+    def _after(self, replica: _Replica, weights: Weights, kept: Collection[int]) -> dict[int, str]:
+        if self.config.weights != "lora":
+            return {weights.version: weights.where}
+        return {v: w for v, w in replica.versions.items() if v in kept} | {weights.version: weights.where}
+
+    async def _switch(self, replica: _Replica, version: int, folder: str) -> None:
+        """Other full weights, between two tokens. Requests stay where they are; what they have in the cache stays too,
+        or is computed anew."""
+        clear = "true" if self.config.on_swap == "recompute" else "false"
+        await replica.server.post(f"/pause?mode=keep&clear_cache={clear}")
+        body = {"method": "take_weights", "kwargs": {"folder": folder}}
+        await replica.server.post("/collective_rpc", body)
+        await replica.server.post("/update_weight_version", {"new_version": str(version)})
+        await replica.server.post("/resume")
+
+    async def _add_adapter(self, replica: _Replica, version: int, folder: str) -> None:
+        if folder == str(replica.server.model):
+            return
+        body = {"lora_name": f"v{version}", "lora_path": folder, "load_inplace": version in replica.versions}
+        await replica.server.post("/v1/load_lora_adapter", body)
+
+    async def _drop(self, replica: _Replica, wanted: Collection[int]) -> None:
+        """Move who is not pinned and not at the newest; take away adapters that nobody wants."""
+        if self.config.weights == "lora" or self.newest not in replica.versions:
+            moving = [n for n, pinned in replica.running.items() if pinned is None or pinned not in wanted]
+            await self._abort(replica, moving)
+
+    async def _abort(self, replica: _Replica, names: Sequence[str]) -> None:
+        if names:
+            body = {"request_ids": [f"generate-tokens-{name}" for name in names]}
+            await replica.server.post("/abort_requests", body)
+
+    def _abort_soon(self, replica: _Replica, names: Sequence[str]) -> None:
+        """Whoever is cancelled cannot wait: closing its connection makes vLLM abort it."""
+
+    # Servers that die
+
+    async def _begin(self, replica: _Replica) -> None:
+        """Start the server and bring it to the versions that it shall have."""
+        await replica.server.start()
+        for version, folder in replica.versions.items():
+            if self.config.weights == "lora":
+                await self._add_adapter(replica, version, folder)
+            elif folder == str(replica.server.model):
+                await replica.server.post("/update_weight_version", {"new_version": str(version)})
+            else:
+                await self._switch(replica, version, folder)
+
+    async def _revive(self, replica: _Replica, life: int, error: ServerGone) -> None:
+        """Start the server anew, once for all that wait for it. Raises EngineError if that was done too often."""
+        async with replica.reviving:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            if replica.lives != life:
+                return
+            self._lives += 1
+            if self._lives > self.config.restarts or self.config.servers:
+                raise EngineError(str(error))
+            log.warning("%s. It starts again, and what it was asked is asked again", error)
+            await replica.server.kill()
+            try:
+                await self._begin(replica)
+            except ServerGone as again:
+                raise EngineError(str(again)) from None
+            replica.lives += 1
+
+    async def close(self) -> None:
+        """See the protocol."""
+        self._closed = True
+        await asyncio.gather(*(r.server.close() for r in self._replicas))
