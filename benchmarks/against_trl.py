@@ -181,7 +181,9 @@ async def ours(cell: Cell, out: Path) -> list[Step]:
     pace: dict[str, Any] = {"max_running": running, "max_staleness": ahead, "stragglers": cell.stragglers}
     loop_config = LoopConfig(steps=cell.steps, groups_per_step=cell.groups, group_size=cell.size, **pace)
     optimizer: Any = {"lr": RATE, "betas": BETAS, "warmup_steps": 0, "decay": False}
-    config = TrainerConfig(**optimizer, threads=cell.threads, share_prompts=True, compile=bool(os.environ.get("COMPILE")))
+    config = TrainerConfig(
+        **optimizer, threads=cell.threads, share_prompts=True, compile=bool(os.environ.get("COMPILE"))
+    )
     loss = ClippedLoss(constant_length=cell.tokens)
     slots, context = 3 * cell.groups * cell.size, cell.prompt + cell.tokens
     engine = await LocalEngine.start(cell.model, slots=slots, max_context=context, threads=cell.threads)

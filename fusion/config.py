@@ -95,7 +95,7 @@ class PipelineConfig(Config):
             )
         if isinstance(self.engine, VllmEngineConfig):
             _served_by_vllm(self, self.engine)
-        if self.cold_start is None and self.model.type == "longcat2":
+        if self.cold_start is None and self.model.type != "pretrained":
             raise ValueError("cold_start: a model that starts at random needs one; set it or use model.type pretrained")
         return self
 

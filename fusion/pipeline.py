@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from envs.worlds import make_world
@@ -50,7 +50,7 @@ from posttrain.metrics import Metrics
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.model.checkpoint import load_any
 from posttrain.run import RunDir
-from posttrain.settings import LocalEngineConfig, Longcat2Model
+from posttrain.settings import LocalEngineConfig, Longcat2Model, PretrainedModel, RandomModel
 from posttrain.types import Weights
 from rewards import RewardConfig
 
@@ -107,7 +107,7 @@ class Pipeline:
         """The folder of the model as the cold start leaves it."""
         c = self.config
         if c.cold_start is None:
-            assert not isinstance(c.model, Longcat2Model)  # the config refuses that
+            assert isinstance(c.model, PretrainedModel)  # the config refuses others
             self._digest("base", c.model)
             return c.model.path
         await self._stage("base", self._digest("base", c.model, c.cold_start, c.worlds), self._cold_start)
@@ -159,14 +159,12 @@ class Pipeline:
         clean = await demonstrations(good, c.cold_start, seed) if c.cold_start.clean_steps else []
         mixed = await demonstrations(self.worlds, c.cold_start, seed)
         torch.manual_seed(seed)
-        if isinstance(c.model, Longcat2Model):
-            tokenizer = train_tokenizer(texts(mixed), c.model.vocab_size)
-            # The tokenizer puts its special tokens first, in this order.
-            settings = {**c.model.settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-            model = Longcat2ForCausalLM(Longcat2Config(vocab_size=c.model.vocab_size, **settings))
-        else:
+        if isinstance(c.model, PretrainedModel):
             tokenizer = AutoTokenizer.from_pretrained(c.model.path)
             model = load_any(c.model.path, torch.float32)
+        else:
+            tokenizer = train_tokenizer(texts(mixed), c.model.vocab_size)
+            model = _at_random(c.model)
         model.save_pretrained(start)
         tokenizer.save_pretrained(start)
         chat = Chat(tokenizer)
@@ -328,6 +326,15 @@ class Pipeline:
             for rollout in rollouts:
                 out.write(record(rollout))
         return [journal]
+
+
+def _at_random(config: Longcat2Model | RandomModel) -> PreTrainedModel:
+    # The tokenizer puts its special tokens first, in this order.
+    given = {**config.settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if isinstance(config, Longcat2Model):
+        return Longcat2ForCausalLM(Longcat2Config(vocab_size=config.vocab_size, **given))
+    described = AutoConfig.for_model(config.architecture, vocab_size=config.vocab_size, **given)
+    return AutoModelForCausalLM.from_config(described, dtype=torch.float32)
 
 
 def _made_from(config: ExpertConfig | FusionConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 
 from envs.sandbox import DockerConfig, probe
@@ -10,7 +11,7 @@ from envs.work.users import ModelUserConfig
 from envs.worlds import WorkConfig, WorldConfig
 from fusion.config import PipelineConfig
 from posttrain.errors import ConfigError
-from posttrain.settings import PretrainedModel
+from posttrain.settings import LocalEngineConfig, PretrainedModel, RandomModel
 
 
 def preflight_worlds(path: Path, worlds: Mapping[str, WorldConfig]) -> None:
@@ -57,6 +58,9 @@ def preflight(path: Path, config: PipelineConfig) -> None:
                 f"{path}: model.path: {config.model.path} holds no config.json; give the folder of a Hugging Face model"
             )
         return
+    if isinstance(config.model, RandomModel):
+        _known(path, config.model)
+        return
     from huggingface_hub.errors import StrictDataclassError
 
     from posttrain.model import Longcat2Config
@@ -65,7 +69,8 @@ def preflight(path: Path, config: PipelineConfig) -> None:
         model = Longcat2Config(**config.model.settings, vocab_size=config.model.vocab_size)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(f"{path}: model.settings: {error}") from None
-    steps, there = config.engine.draft_steps, model.mtp_num_layers or 0
+    steps = config.engine.draft_steps if isinstance(config.engine, LocalEngineConfig) else 0
+    there = model.mtp_num_layers or 0
     if steps > there:
         raise ConfigError(
             f"{path}: engine.draft_steps: {steps}, but model.settings.mtp_num_layers is {there}: lower the one or "
@@ -78,3 +83,20 @@ def preflight(path: Path, config: PipelineConfig) -> None:
             sparse_config(model, config.conversion)
         except ValueError as error:
             raise ConfigError(f"{path}: conversion: {error}") from None
+
+
+def _known(path: Path, config: RandomModel) -> None:
+    """Raises ConfigError for an architecture or settings that transformers does not know."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = ", ".join(get_close_matches(config.architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) or "qwen3, llama"
+        raise ConfigError(f"{path}: model.architecture: `{config.architecture}` is no causal LM; near are: {near}")
+    known = AutoConfig.for_model(config.architecture)
+    for key in config.settings:
+        if not hasattr(known, key):
+            near = ", ".join(get_close_matches(key, vars(known))) or "none"
+            raise ConfigError(
+                f"{path}: model.settings.{key}: {config.architecture} has no such field; near are: {near}"
+            )

@@ -28,7 +28,19 @@ class PretrainedModel(Config):
     """Folder with config, weights and tokenizer."""
 
 
-ModelConfig = Annotated[Longcat2Model | PretrainedModel, Field(discriminator="type")]
+class RandomModel(Config):
+    """A causal LM of any architecture of transformers, started at random."""
+
+    type: Literal["random"]
+    architecture: str
+    """Its ``model_type``, for example qwen3."""
+    settings: dict[str, Any]
+    """Fields of its config."""
+    vocab_size: Annotated[int, Field(ge=128)] = 768
+    """Size of the tokenizer that is trained on the worlds' own text."""
+
+
+ModelConfig = Annotated[Longcat2Model | PretrainedModel | RandomModel, Field(discriminator="type")]
 
 
 class LocalEngineConfig(Config):

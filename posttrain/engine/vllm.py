@@ -8,7 +8,8 @@ What vLLM leaves to its user, and where it is seen to here:
 - A server has one set of full weights. Versions side by side are adapters (``weights: lora``) on one server, or
   replicas that have not taken the newest weights yet.
 - A request that must move (its server takes other weights, or its adapter goes) is aborted, and goes on elsewhere from
-  the tokens that it has. If its server died, a new one starts and the request is asked again, from its beginning.
+  the tokens that it has, if its version is still served. If its server died, a new one starts, and the request is asked
+  again from its beginning.
 
 Requests of the same beginning go to the same replica, unless others have far less to do.
 """
@@ -19,14 +20,16 @@ import asyncio
 import itertools
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.engine.speculative import DraftCounts
-from posttrain.engine.vllm_server import NAME, Server, ServerGone
+from posttrain.engine.vllm_server import NAME, Refused, Server, ServerGone
 from posttrain.errors import EngineError
+from posttrain.scheduler import partition
 from posttrain.settings import VllmEngineConfig
 from posttrain.types import Completion, Sampling, Weights
 
@@ -44,7 +47,11 @@ class _Replica:
 
     server: Server
     versions: dict[int, str]
-    """Version to the folder it came from. One, if weights are full; any number of adapters."""
+    """Version to the folder it came from: what requests are sent here for. One, if weights are full."""
+    adapters: set[int] = field(default_factory=set[int])
+    """Those of them that are adapters."""
+    full: int | None = 0
+    """Version of the full weights; None: they are the base of adapters."""
     running: dict[str, int | None] = field(default_factory=dict[str, "int | None"])
     """Name of a request to the version it is pinned to."""
     reviving: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -69,11 +76,12 @@ class VllmEngine:
         self._vocabulary: int = settings["vocab_size"]
         self._names = (f"r{n}" for n in itertools.count())
         self._loading = asyncio.Lock()
-        self._closed = False
+        self._model, self._closed = model, False
         self._lives = 0
         count = len(config.servers) or config.replicas
         servers = [Server(config, model, work / f"vllm-{n}.log", n) for n in range(count)]
-        self._replicas = [_Replica(server, {0: str(model)}) for server in servers]
+        full = None if config.weights == "lora" else 0
+        self._replicas = [_Replica(server, {0: str(model)}, full=full) for server in servers]
 
     @classmethod
     async def start(cls, config: VllmEngineConfig, model: Path, work: Path) -> VllmEngine:
@@ -113,15 +121,15 @@ class VllmEngine:
 
     async def _advance(self, ids: Sequence[int], sampling: Sampling, most: int, found: _Partial) -> str:
         """One request, until it ends or is moved; adds its tokens to ``found``. Returns why it ended."""
+        replica = self._route(ids, sampling.version)
         version = self.newest if sampling.version is None else sampling.version
-        replica, name = self._route(ids, version, sampling.version is not None), next(self._names)
+        name, life = next(self._names), replica.lives
         replica.running[name] = sampling.version
-        life = replica.lives
         body = {
             "request_id": name,
-            "model": self._served(version),
+            "model": f"v{version}" if replica.adapters and version in replica.adapters else NAME,
             "token_ids": [*ids, *found.ids],
-            "cache_salt": f"version {version}",
+            "cache_salt": f"version {version if replica.full is None else replica.full}",
             "sampling_params": {
                 "temperature": sampling.temperature,
                 "max_tokens": most - len(found.ids),
@@ -138,48 +146,46 @@ class VllmEngine:
         except ServerGone as error:
             await self._revive(replica, life, error)
             return "abort"
-        except asyncio.CancelledError:
-            self._abort_soon(replica, [name])
-            raise
+        except Refused:
+            if version in replica.versions:
+                raise
+            return self._moved(sampling.version)  # its adapter went while it was on its way
         finally:
             del replica.running[name]
-        return self._take(reply["choices"][0], sampling, version, found)
+        return self._take(reply["choices"][0], sampling.version, version, found)
 
-    def _take(self, choice: dict[str, Any], sampling: Sampling, version: int, found: _Partial) -> str:
+    def _take(self, choice: dict[str, Any], pinned: int | None, version: int, found: _Partial) -> str:
         ids = choice["token_ids"]
         versions = [version] * len(ids)
         if self.config.weights != "lora":  # an adapter's name says it all
             for span in choice["weight_versions"] or ():
                 versions[span["start"] : span["end"]] = [int(span["version"])] * (span["end"] - span["start"])
-        moved = choice["finish_reason"] == "abort"
-        if sampling.version is not None and (moved or any(v != sampling.version for v in versions)):
-            raise EngineError(f"version {sampling.version} was dropped before its request ended: {self._resident()}")
+        if pinned is not None and any(v != pinned for v in versions):  # it came too late to be aborted
+            return self._moved(pinned)
         found.ids += ids
         found.versions += versions
         found.logprobs += [entry["logprob"] for entry in (choice["logprobs"] or {"content": ()})["content"] or ()]
-        return choice["finish_reason"]
+        return self._moved(pinned) if choice["finish_reason"] == "abort" else choice["finish_reason"]
 
-    def _served(self, version: int) -> str:
-        return f"v{version}" if self.config.weights == "lora" and version in self._adapters() else NAME
+    def _moved(self, pinned: int | None) -> str:
+        if self._closed:
+            raise EngineError("the engine was closed")
+        if pinned is not None and pinned not in self.resident():
+            raise EngineError(f"version {pinned} was dropped before its request ended: {self._resident()}")
+        return "abort"
 
-    def _adapters(self) -> set[int]:
-        """Versions that are an adapter's; the base is none."""
-        return {v for r in self._replicas for v, where in r.versions.items() if where != str(r.server.model)}
-
-    def _route(self, ids: Sequence[int], version: int, pinned: bool) -> _Replica:
+    def _route(self, ids: Sequence[int], pinned: int | None) -> _Replica:
         if self._closed:
             raise EngineError("the engine is closed")
-        able = [r for r in self._replicas if version in r.versions]
+        able = [r for r in self._replicas if (self.newest if pinned is None else pinned) in r.versions]
         if not able:
-            assert pinned  # somebody always has the newest
-            raise EngineError(f"version {version} is not resident in the engine: {self._resident()}")
+            raise EngineError(f"version {pinned} is not resident in the engine: {self._resident()}")
         usual = able[hash(tuple(ids[:_STICKY])) % len(able)]
         idle = min(able, key=lambda r: len(r.running))
         return idle if len(usual.running) > len(idle.running) + _SPILL else usual
 
     def _resident(self) -> str:
-        versions = ", ".join(map(str, self.resident()))
-        return f"resident are {versions} (newest: {self.newest})"
+        return f"resident are {', '.join(map(str, self.resident()))} (newest: {self.newest})"
 
     def resident(self) -> tuple[int, ...]:
         """Versions that a request can be pinned to. 0 is the model of the folder."""
@@ -196,68 +202,94 @@ class VllmEngine:
         async with self._loading:
             if self._closed:
                 raise EngineError("the engine is closed")
-            kept = {v for v in keep if v != weights.version}
-            targets = [r for r in self._replicas if self.config.weights == "lora" or not kept & r.versions.keys()]
-            if not targets:
-                raise EngineError(
-                    f"there is no replica for version {weights.version}: all serve versions to keep ("
-                    f"{self._resident()}). Set engine.replicas to loop.max_staleness + 1, or engine.weights to lora"
-                )
-            async with asyncio.TaskGroup() as tasks:
-                for replica in targets:
-                    tasks.create_task(self._give(replica, weights, kept))
-            self.newest = weights.version
-            for replica in self._replicas:
-                await self._drop(replica, kept | {weights.version})
+            kept = {v for v in keep if v != weights.version} & {*self.resident()}
+            if self.config.weights == "lora":
+                await self._load_adapter(weights, kept)
+            else:
+                await self._load_full(weights, kept)
 
-    async def _give(self, replica: _Replica, weights: Weights, kept: Collection[int]) -> None:
+    async def _load_adapter(self, weights: Weights, kept: Collection[int]) -> None:
+        version, base = weights.version, weights.where == str(self._model)
+        async with asyncio.TaskGroup() as tasks:
+            for replica in self._replicas:
+                tasks.create_task(self._with(replica, self._add_adapter, version, weights.where))
+        gone = {v: w for v, w in self._replicas[0].versions.items() if v not in kept and v != version}
+        for replica in self._replicas:
+            replica.versions = {v: w for v, w in replica.versions.items() if v in kept} | {version: weights.where}
+            replica.adapters = {v for v in replica.adapters if v in kept} | (set[int]() if base else {version})
+        self.newest = version
+        for replica in self._replicas:
+            await self._abort(replica, [n for n, pinned in replica.running.items() if pinned not in replica.versions])
+            for old in gone:
+                await self._with(replica, self._remove_adapter, old)
+
+    async def _load_full(self, weights: Weights, kept: Collection[int]) -> None:
+        targets = self._free(kept)
+        if not targets:
+            raise EngineError(
+                f"there is no replica for version {weights.version}: each serves another one to keep ("
+                f"{self._resident()}). Set engine.replicas to loop.max_staleness + 1, or engine.weights to lora"
+            )
+        for replica in targets:  # from here on nobody who is pinned is sent there
+            replica.versions = {weights.version: weights.where}
+        self.newest = weights.version
+        async with asyncio.TaskGroup() as tasks:
+            for replica in targets:
+                tasks.create_task(self._with(replica, self._switch, weights.version, weights.where))
+        for replica in self._replicas:
+            if replica not in targets:
+                await self._abort(replica, [n for n, pinned in replica.running.items() if pinned is None])
+
+    def _free(self, kept: Collection[int]) -> list[_Replica]:
+        """Replicas for a new version: those that serve none to keep, and those that a kept version can spare."""
+        running = [p for r in self._replicas for p in r.running.values()]
+        new = max([*kept, self.newest]) + 1
+        shares = partition(len(self._replicas), {v: 1 + running.count(v) for v in kept} | {new: 1 + len(running)})
+        found = [r for r in self._replicas if not r.versions.keys() & kept]
+        for version in kept:
+            serving = sorted((r for r in self._replicas if version in r.versions), key=lambda r: len(r.running))
+            found += serving[: max(0, len(serving) - max(1, shares.get(version, 1)))]
+        return found
+
+    async def _with(self, replica: _Replica, what: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Do that to the replica; one that is dead starts anew, with all that it shall serve."""
         life = replica.lives
         try:
-            if self.config.weights == "lora":
-                await self._add_adapter(replica, weights.version, weights.where)
-            else:
-                # Those pinned to what goes would have their last tokens from other weights.
-                await self._abort(replica, [n for n, pinned in replica.running.items() if pinned is not None])
-                await self._switch(replica, weights.version, weights.where)
+            await what(replica, *args)
         except ServerGone as error:
-            replica.versions = self._after(replica, weights, kept)
+            if what == self._add_adapter:
+                replica.versions, replica.adapters = (
+                    {**replica.versions, args[0]: args[1]},
+                    {*replica.adapters, args[0]},
+                )
             await self._revive(replica, life, error)
-        replica.versions = self._after(replica, weights, kept)
-
-    def _after(self, replica: _Replica, weights: Weights, kept: Collection[int]) -> dict[int, str]:
-        if self.config.weights != "lora":
-            return {weights.version: weights.where}
-        return {v: w for v, w in replica.versions.items() if v in kept} | {weights.version: weights.where}
 
     async def _switch(self, replica: _Replica, version: int, folder: str) -> None:
-        """Other full weights, between two tokens. Requests stay where they are; what they have in the cache stays too,
-        or is computed anew."""
+        """Other full weights, between two tokens. Requests stay where they are, and what they have in the cache stays
+        too or is computed anew; those that are pinned must go."""
+        await self._abort(replica, [n for n, pinned in replica.running.items() if pinned is not None])
         clear = "true" if self.config.on_swap == "recompute" else "false"
         await replica.server.post(f"/pause?mode=keep&clear_cache={clear}")
-        body = {"method": "take_weights", "kwargs": {"folder": folder}}
-        await replica.server.post("/collective_rpc", body)
+        await replica.server.post("/collective_rpc", {"method": "take_weights", "kwargs": {"folder": folder}})
         await replica.server.post("/update_weight_version", {"new_version": str(version)})
+        replica.full = version
         await replica.server.post("/resume")
 
     async def _add_adapter(self, replica: _Replica, version: int, folder: str) -> None:
-        if folder == str(replica.server.model):
-            return
-        body = {"lora_name": f"v{version}", "lora_path": folder, "load_inplace": version in replica.versions}
-        await replica.server.post("/v1/load_lora_adapter", body)
+        if folder != str(self._model):
+            again = version in replica.adapters
+            body = {"lora_name": f"v{version}", "lora_path": folder, "load_inplace": again}
+            await replica.server.post("/v1/load_lora_adapter", body)
 
-    async def _drop(self, replica: _Replica, wanted: Collection[int]) -> None:
-        """Move who is not pinned and not at the newest; take away adapters that nobody wants."""
-        if self.config.weights == "lora" or self.newest not in replica.versions:
-            moving = [n for n, pinned in replica.running.items() if pinned is None or pinned not in wanted]
-            await self._abort(replica, moving)
+    async def _remove_adapter(self, replica: _Replica, version: int) -> None:
+        with suppress(Refused):  # the base is none
+            await replica.server.post("/v1/unload_lora_adapter", {"lora_name": f"v{version}"})
 
     async def _abort(self, replica: _Replica, names: Sequence[str]) -> None:
         if names:
             body = {"request_ids": [f"generate-tokens-{name}" for name in names]}
-            await replica.server.post("/abort_requests", body)
-
-    def _abort_soon(self, replica: _Replica, names: Sequence[str]) -> None:
-        """Whoever is cancelled cannot wait: closing its connection makes vLLM abort it."""
+            with suppress(ServerGone):  # then they are gone too
+                await replica.server.post("/abort_requests", body)
 
     # Servers that die
 
@@ -267,17 +299,19 @@ class VllmEngine:
         for version, folder in replica.versions.items():
             if self.config.weights == "lora":
                 await self._add_adapter(replica, version, folder)
-            elif folder == str(replica.server.model):
+            elif folder == str(self._model) and not self.config.servers:
                 await replica.server.post("/update_weight_version", {"new_version": str(version)})
+                replica.full = version
             else:
                 await self._switch(replica, version, folder)
 
     async def _revive(self, replica: _Replica, life: int, error: ServerGone) -> None:
-        """Start the server anew, once for all that wait for it. Raises EngineError if that was done too often."""
+        """Start the server anew if it is dead, once for all that wait for it. Raises EngineError if that was done too
+        often."""
         async with replica.reviving:
             if self._closed:
                 raise EngineError("the engine is closed")
-            if replica.lives != life:
+            if replica.lives != life or await replica.server.well():  # else only the connection was lost
                 return
             self._lives += 1
             if self._lives > self.config.restarts or self.config.servers:

@@ -22,12 +22,18 @@ NAME = "policy"
 """Of the model as it was served at the start."""
 _WORDS = 1500
 """Characters of a dead server's log that are shown."""
+_WELL_S = 10.0
+"""For a server to say that it is well."""
 _ENDS_S = 15.0
 """For a server that was asked to end."""
 
 
 class ServerGone(Exception):
     """The server does not answer: it is dead, or the connection to it is."""
+
+
+class Refused(EngineError):
+    """The server answers that it cannot."""
 
 
 class Server:
@@ -87,13 +93,17 @@ class Server:
             f"; {self._last_words()}"
         )
 
-    @property
-    def alive(self) -> bool:
-        """False if its process ended. A server that is not ours is taken to live."""
-        return self._process is None or self._process.returncode is None
+    async def well(self) -> bool:
+        """Whether it answers that it is."""
+        if self._process is not None and self._process.returncode is not None:
+            return False
+        with suppress(ServerGone, EngineError):
+            await self.get("/health", timeout_s=_WELL_S)
+            return True
+        return False
 
     async def get(self, path: str, timeout_s: float | None = None) -> Any:
-        """What it answers. Raises ServerGone if it does not, EngineError if it refuses."""
+        """What it answers. Raises ServerGone if it does not, Refused if it cannot."""
         return await self._ask("GET", path, None, timeout_s or self.config.timeout_s)
 
     async def post(self, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
@@ -102,7 +112,7 @@ class Server:
 
     async def _ask(self, method: Literal["GET", "POST"], path: str, body: Any, timeout_s: float) -> Any:
         if self._http is None or self._http.closed:
-            raise EngineError("the engine is closed")
+            raise EngineError("the engine was closed")
         try:
             bound = aiohttp.ClientTimeout(total=timeout_s)
             async with self._http.request(method, self.url + path, json=body, timeout=bound) as reply:
@@ -117,7 +127,7 @@ class Server:
             raise ServerGone(f"vLLM server {self.number}: {type(error).__name__} at {path}") from None
         if reply.status >= 500:  # its engine is dead, and it will not come back
             raise ServerGone(f"vLLM server {self.number} answered {path} with {reply.status}: {text[:_WORDS]}")
-        raise EngineError(f"vLLM server {self.number} refused {path} with {reply.status}: {text[:_WORDS]}")
+        raise Refused(f"vLLM server {self.number} refused {path} with {reply.status}: {text[:_WORDS]}")
 
     async def kill(self) -> None:
         """End its processes at once, if they are ours; idempotent."""
@@ -191,4 +201,4 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-__all__ = ["NAME", "Server", "ServerGone", "serve_arguments"]
+__all__ = ["NAME", "Refused", "Server", "ServerGone", "serve_arguments"]

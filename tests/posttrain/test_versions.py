@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.engine.slots import Request
+from posttrain.engine.local import LocalEngine
 from posttrain.engine.start import start_engine
 from posttrain.engine.worker import Scheduler
 from posttrain.errors import EngineError
@@ -361,7 +362,7 @@ def test_loads_do_not_let_the_process_grow(tmp_path: Path) -> None:
     assert megabytes > 20
 
     async def scenario() -> tuple[list[float], list[int]]:
-        engine = await start_engine(LocalEngineConfig(slots=4, max_context=64, timeout_s=120), tmp_path, tmp_path)
+        engine = await LocalEngine.start(tmp_path, slots=4, max_context=64, timeout_s=120)
         shared, used, residents = SharedWeights(state_of(model)), list[float](), list[int]()
         shared.write(state_of(model))
         assert engine.resident() == (0,)

@@ -1,0 +1,137 @@
+"""The engines that the contract is held against, each with its way for weights to come to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from posttrain.engine.local import LocalEngine
+from posttrain.engine.vllm import VllmEngine
+from posttrain.protocols import Engine
+from posttrain.settings import LoraConfig, VllmEngineConfig
+from posttrain.weights import SHM, FolderOutlet, Outlet, SharedOutlet, SharedWeights, state_of
+from tests.model.longcat2_tiny import MTP
+from tests.posttrain.tiny import make_model
+
+SLOTS, MAX_CONTEXT = 8, 240
+VLLM = Path(".venv-vllm/bin/vllm").resolve()
+needs_vllm = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(not VLLM.exists(), reason="vLLM is not installed: scripts/install-vllm.sh does it"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How an engine is started and fed."""
+
+    start: Callable[[Path], Coroutine[Any, Any, Engine]]
+    kinds: tuple[str, ...]
+    """Of models that it serves here."""
+    publish: Callable[[PreTrainedModel, Path], tuple[str, Callable[[], None]]]
+    """Weights put where the engine takes them from, in a new folder if it needs one, and how to take them away."""
+    outlet: Callable[[Path], Outlet] = lambda work: SharedOutlet()
+    """The trainer's."""
+    moves: bool = False
+    """Whether a request may go on at another server, where its random numbers are others."""
+    exact: bool = True
+    """Whether company changes not even the last bits, where batches are the same."""
+    loras: tuple[LoraConfig | None, ...] = (None, LoraConfig(rank=4))
+    """What the trainer may train."""
+    marks: tuple[Any, ...] = ()
+
+
+async def _local(folder: Path) -> Engine:
+    return await LocalEngine.start(folder, slots=SLOTS, max_context=MAX_CONTEXT, timeout_s=120)
+
+
+async def _drafting(folder: Path) -> Engine:
+    return await LocalEngine.start(folder, slots=SLOTS, max_context=MAX_CONTEXT, timeout_s=120, draft_steps=3)
+
+
+def vllm_config(**changes: Any) -> VllmEngineConfig:
+    """For a tiny model in float32 on one core."""
+    small: dict[str, Any] = {"slots": SLOTS, "max_context": MAX_CONTEXT, "threads": 1, "timeout_s": 120}
+    small |= {"dtype": "float32", "kv_cache_gib": 0.0625, "eager": True}
+    return VllmEngineConfig(type="vllm", command=(str(VLLM),), **{**small, **changes})
+
+
+def _vllm(**changes: Any) -> Callable[[Path], Coroutine[Any, Any, Engine]]:
+    async def start(folder: Path) -> Engine:
+        return await VllmEngine.start(vllm_config(**changes), folder, folder / "work")
+
+    return start
+
+
+def _shared(model: PreTrainedModel, folder: Path) -> tuple[str, Callable[[], None]]:
+    shared = SharedWeights(state_of(model))
+    shared.write(state_of(model))
+    return SHM + shared.name, shared.close
+
+
+def _whole(model: PreTrainedModel, folder: Path) -> tuple[str, Callable[[], None]]:
+    model.save_pretrained(folder)
+    return str(folder), lambda: None
+
+
+def _adapter(model: Any, folder: Path) -> tuple[str, Callable[[], None]]:
+    model.adapter.save_pretrained(folder)
+    return str(folder), lambda: None
+
+
+WAYS: dict[str, Way] = {
+    "local": Way(start=_local, kinds=("longcat2", "llama"), publish=_shared),
+    "drafting": Way(start=_drafting, kinds=("longcat2-mtp",), publish=_shared),
+    "vllm": Way(
+        start=_vllm(replicas=3),
+        kinds=("llama-32",),
+        publish=_whole,
+        outlet=FolderOutlet,
+        exact=False,
+        moves=True,
+        marks=tuple(needs_vllm),
+    ),
+    "vllm-lora": Way(
+        start=_vllm(weights="lora", max_loras=3, max_lora_rank=8),
+        kinds=("llama-32-lora",),
+        publish=_adapter,
+        outlet=lambda work: FolderOutlet(work, adapters=True),
+        exact=False,
+        loras=(LoraConfig(rank=4),),
+        marks=tuple(needs_vllm),
+    ),
+}
+
+
+def model_of(kind: str, seed: int = 0) -> PreTrainedModel:
+    """``make_model``, and the kinds that an engine here asks for."""
+    match kind:
+        case "longcat2-mtp":
+            return make_model("longcat2", seed, **MTP)
+        case "llama-32":  # vLLM has no attention on a CPU for heads of 8
+            return make_model("llama", seed, head_dim=32)
+        case "llama-32-lora":
+            return _with_adapter(seed) if seed else make_model("llama", head_dim=32)
+    return make_model(kind, seed)
+
+
+def _with_adapter(seed: int) -> PreTrainedModel:
+    """The base model with an adapter added in, which is there alone too."""
+    spec = peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear")
+    adapter = peft.get_peft_model(make_model("llama", head_dim=32), spec)
+    torch.manual_seed(seed)
+    for name, parameter in adapter.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    merged: Any = copy.deepcopy(adapter).merge_and_unload()
+    merged.adapter = adapter
+    return merged.eval()
