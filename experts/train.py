@@ -41,6 +41,9 @@ from posttrain.watch_settings import WatchConfig
 
 log = logging.getLogger(__name__)
 
+ADAPTER = "adapter"
+"""Folder in the checkpoint of a stage of what it trained beside its base, if that was an adapter."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
@@ -137,6 +140,8 @@ async def _train(stage: Stage, run: RunDir, metrics: Metrics, show: Callable[...
         if engine is not None:
             await engine.close()
         trainer.close()
+    if stage.trainer.lora is not None:
+        trainer.save_adapter(folder / ADAPTER)
     trainer.save(folder)
     stage.player.chat.tokenizer.save_pretrained(folder)
     return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,21 @@ from posttrain.settings import EngineConfig, LocalEngineConfig, LoopConfig, Mode
 from posttrain.watch_settings import WatchConfig
 
 
+class ModelTeachers(Config):
+    """Whole models in the training process."""
+
+    type: Literal["model"] = "model"
+
+
+class ServedTeachers(Config):
+    """Servers of their own, beside the one that serves the student."""
+
+    type: Literal["served"]
+    engine: VllmEngineConfig
+    """weights folder: a server a teacher (``replicas`` is not used, ``devices`` has one entry a teacher). weights lora:
+    one server, whose base is the model that the experts started from and whose adapters they are."""
+
+
 class FusionConfig(Config):
     """Multi-teacher on-policy distillation of the experts into one student."""
 
@@ -24,6 +39,8 @@ class FusionConfig(Config):
     """Different tasks a world; they come round again."""
     loss: DistillLoss = DistillLoss()
     """Objective."""
+    teachers: Annotated[ModelTeachers | ServedTeachers, Field(discriminator="type")] = ModelTeachers()
+    """Where the experts are while they teach."""
     loop: LoopConfig = LoopConfig(group_size=1, groups_per_step=128, max_running=128)
     """Pace. One rollout a prompt is enough: nothing is compared within a group."""
     trainer: TrainerConfig = TrainerConfig()
@@ -93,6 +110,13 @@ class PipelineConfig(Config):
                 f"{replaying[0]}.trainer.replay_choices: there is nothing to replay; set engine.record_choices to "
                 "true, which engine.type local has"
             )
+        served = self.fusion.teachers
+        if isinstance(served, ServedTeachers):
+            if self.model.type == "longcat2":
+                raise ValueError("fusion.teachers: vllm does not serve models of type longcat2; use type: model")
+            for expert, spec in self.experts.items():
+                if served.engine.weights == "lora" and spec.trainer.lora is None:
+                    raise ValueError(f"experts.{expert}.trainer.lora: fusion.teachers.engine.weights lora needs it")
         if isinstance(self.engine, VllmEngineConfig):
             _served_by_vllm(self, self.engine)
         if self.cold_start is None and self.model.type != "pretrained":

@@ -33,10 +33,11 @@ from experts.rollouts import Player
 from experts.tasks import TaskStream
 from experts.train import Stage, run_stage
 from experts.verification import SelfVerification
-from fusion.config import FusionConfig, PipelineConfig, domains_of
+from fusion.config import FusionConfig, PipelineConfig, ServedTeachers, domains_of
 from fusion.credit import TeacherCredit
 from fusion.report import write_report
 from fusion.results import results
+from fusion.served_teachers import start_teachers
 from fusion.teachers import ModelTeacher
 from posttrain.chat import Chat, train_tokenizer
 from posttrain.config import digest
@@ -49,6 +50,7 @@ from posttrain.journal import Journal, read_journal
 from posttrain.metrics import Metrics
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.model.checkpoint import load_any
+from posttrain.protocols import Teacher
 from posttrain.run import RunDir
 from posttrain.settings import LocalEngineConfig, Longcat2Model, PretrainedModel, RandomModel
 from posttrain.types import Weights
@@ -244,6 +246,18 @@ class Pipeline:
             for world, share in worlds.items():
                 if weight:
                     shares[world] = weight * share / sum(worlds.values())
+        async with AsyncExitStack() as stack:
+            if isinstance(c.teachers, ServedTeachers):
+                work = self.run.weights("teachers")
+                judges: Mapping[str, Teacher] = await start_teachers(c.teachers.engine, base, teachers, work, stack)
+            else:
+                judges = {domain: ModelTeacher(folder) for domain, folder in teachers.items()}
+            return await self._distil(base, judges, shares, seed)
+
+    async def _distil(
+        self, base: Path, judges: Mapping[str, Teacher], shares: Mapping[str, float], seed: int
+    ) -> list[Path]:
+        c = self.config.fusion
         stage = Stage(
             name="fusion",
             start=base,
@@ -251,7 +265,7 @@ class Pipeline:
             trainer=c.trainer,
             loss=c.loss,
             engine=self.config.engine,
-            credit=TeacherCredit({domain: ModelTeacher(folder) for domain, folder in teachers.items()}),
+            credit=TeacherCredit(judges),
             player=self._player(base, RewardConfig()),
             source=TaskStream(self.worlds, shares, c.train_tasks, seed),
             shares=shares,

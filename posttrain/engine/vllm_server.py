@@ -60,7 +60,7 @@ class Server:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self.config.command, *serve_arguments(self.config, self.model, port)]
+        command = [*self.config.command, *self.arguments(port)]
         with open(self.log, "ab") as log:
             try:
                 self._process = await asyncio.create_subprocess_exec(
@@ -77,6 +77,10 @@ class Server:
                     f"engine.command: `{command[0]}` cannot be run ({error.strerror}). scripts/install-vllm.sh puts "
                     "vLLM into .venv-vllm; or name another one, for example --set engine.command=[vllm]"
                 ) from None
+
+    def arguments(self, port: int) -> list[str]:
+        """What follows ``vllm`` on the command line."""
+        return serve_arguments(self.config, self.model, port)
 
     async def _healthy(self) -> None:
         deadline = time.monotonic() + self.config.start_s

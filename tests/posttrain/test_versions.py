@@ -19,8 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.engine.slots import Request
 from posttrain.engine.local import LocalEngine
+from posttrain.engine.slots import Request
 from posttrain.engine.start import start_engine
 from posttrain.engine.worker import Scheduler
 from posttrain.errors import EngineError

@@ -1,0 +1,240 @@
+"""What vLLM gets wrong when it is left alone, and what becomes of a server that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+import pytest
+
+from posttrain.engine.vllm import VllmEngine
+from posttrain.errors import EngineError, UserError
+from posttrain.types import Completion, Sampling, Weights
+from tests.contracts.engines import needs_vllm, vllm_config
+from tests.posttrain.tiny import all_logprobs, make_ids, make_model, trainer_gap, trainer_of
+
+pytestmark = needs_vllm
+
+T = TypeVar("T")
+TOLERANCE = 1e-3
+
+
+def serve(folder: Path, use: Callable[[VllmEngine], Coroutine[Any, Any, T]], **changes: Any) -> T:
+    async def scenario() -> T:
+        engine = await VllmEngine.start(vllm_config(**changes), folder, folder / "work")
+        try:
+            return await use(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(scenario())
+
+
+def saved(model: Any, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def pids(engine: VllmEngine) -> list[int]:
+    """Of all processes of its first server."""
+    process = engine._replicas[0].server._process
+    assert process is not None
+    return [pid for pid, group in _groups() if group == process.pid]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),
+    ],
+    ids=["tied head", "dense", "experts"],
+)
+def test_after_every_update_the_output_is_what_transformers_computes(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """A tied head and fused experts keep the first weights, or worse, if the worker does not see to them."""
+    shape = {"head_dim": 32, **changes}
+    models = [make_model(kind, seed, **shape) for seed in range(3)]
+    folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    prompt = make_ids(Random(0), 40)
+
+    async def use(engine: VllmEngine) -> list[Completion]:
+        found = [await engine.generate(prompt, Sampling(max_tokens=20, temperature=0))]
+        for version in (1, 2, 3):
+            await engine.load(Weights(version=version, where=folders[version % 3]))
+            found.append(await engine.generate(prompt, Sampling(max_tokens=20, temperature=0)))
+        return found
+
+    for version, got in enumerate(serve(tmp_path / "0", use)):
+        best = all_logprobs(models[version % 3], (*prompt, *got.ids))[len(prompt) - 1 : -1].max(dim=-1)
+        assert got.ids == tuple(best.indices.tolist())
+        assert got.logprobs == pytest.approx(best.values.tolist(), abs=TOLERANCE)
+        assert got.versions == (version,) * 20
+
+
+def test_a_prompt_that_was_seen_under_old_weights_is_read_anew(tmp_path: Path) -> None:
+    """Longer than a block of 128 tokens, so that it is in the prefix cache; also for a turn that follows."""
+    models = [make_model("llama", seed, head_dim=32, max_position_embeddings=1024) for seed in range(2)]
+    folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    prompt = make_ids(Random(1), 400)
+
+    async def use(engine: VllmEngine) -> list[tuple[tuple[int, ...], Completion]]:
+        await engine.generate(prompt, Sampling(max_tokens=5))
+        running = asyncio.create_task(engine.generate(make_ids(Random(2), 300), Sampling(max_tokens=300)))
+        await asyncio.sleep(0.5)
+        assert not running.done()
+        await engine.load(Weights(version=1, where=folders[1]))
+        first = await engine.generate(prompt, Sampling(max_tokens=20, seed=1))
+        following = (*prompt, *first.ids, 5, 6)
+        second = await engine.generate(following, Sampling(max_tokens=20, seed=2))
+        await running
+        return [(prompt, first), (following, second)]
+
+    pairs = serve(tmp_path / "0", use, max_context=800)
+    assert trainer_gap(trainer_of(models[1]), pairs) < TOLERANCE
+
+
+@pytest.mark.parametrize("on_swap", ["keep", "recompute"])
+def test_a_swap_keeps_the_cache_or_computes_it_anew(on_swap: str, tmp_path: Path) -> None:
+    models = [make_model("llama", seed, head_dim=32) for seed in range(2)]
+    folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    prompt = make_ids(Random(3), 30)
+
+    async def use(engine: VllmEngine) -> Completion:
+        long = asyncio.create_task(engine.generate(prompt, Sampling(max_tokens=200, seed=1)))
+        await engine.generate(prompt, Sampling(max_tokens=10))
+        await engine.load(Weights(version=1, where=folders[1]))
+        return await long
+
+    got = serve(tmp_path / "0", use, on_swap=on_swap)
+    count = got.versions.count(0)
+    assert got.versions == (0,) * count + (1,) * (200 - count) and 0 < count < 200
+    after = Completion(
+        ids=got.ids[count:], logprobs=got.logprobs[count:], versions=got.versions[count:], finish="length"
+    )
+    gap = trainer_gap(trainer_of(models[1]), [((*prompt, *got.ids[:count]), after)])
+    assert gap < TOLERANCE if on_swap == "recompute" else gap > 100 * TOLERANCE
+
+
+def test_a_server_that_is_killed_starts_again_with_its_weights_and_nothing_is_lost(tmp_path: Path) -> None:
+    models = [make_model("llama", seed, head_dim=32) for seed in range(2)]
+    folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    prompts = [make_ids(Random(i), 20 + i) for i in range(12)]
+
+    async def use(engine: VllmEngine) -> list[Completion]:
+        await engine.load(Weights(version=7, where=folders[1]))
+        asked = [
+            asyncio.create_task(engine.generate(p, Sampling(max_tokens=150, seed=i))) for i, p in enumerate(prompts)
+        ]
+        await asyncio.sleep(0.3)
+        assert not any(t.done() for t in asked)
+        before = pids(engine)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        found = await asyncio.gather(*asked)
+        assert before and not set(before) & set(pids(engine))
+        return found
+
+    found = serve(tmp_path / "0", use)
+    assert all(c.versions == (7,) * 150 for c in found)
+    assert trainer_gap(trainer_of(models[1]), list(zip(prompts, found, strict=True))) < TOLERANCE
+
+
+def test_a_server_that_dies_too_often_is_an_engine_error(tmp_path: Path) -> None:
+    saved(make_model("llama", head_dim=32), tmp_path)
+
+    async def use(engine: VllmEngine) -> None:
+        task = asyncio.create_task(engine.generate((5, 6), Sampling(max_tokens=200)))
+        await asyncio.sleep(0.2)
+        for pid in pids(engine):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="vLLM server 0"):
+            await task
+
+    serve(tmp_path, use, restarts=0)
+
+
+def test_a_server_that_does_not_come_up_says_why(tmp_path: Path) -> None:
+    saved(make_model("llama"), tmp_path)  # its heads are too small for vLLM
+
+    async def use(engine: VllmEngine) -> None:
+        raise AssertionError
+
+    with pytest.raises(EngineError, match=r"(?s)ended before it served; the end of .*vllm-0\.log:.*Error"):
+        serve(tmp_path, use)
+
+
+def test_without_vllm_there_is_a_cure(tmp_path: Path) -> None:
+    saved(make_model("llama", head_dim=32), tmp_path)
+
+    async def use(engine: VllmEngine) -> None:
+        raise AssertionError
+
+    with pytest.raises(UserError, match=r"engine.command: `/no/vllm` cannot be run .* scripts/install-vllm.sh"):
+        serve(tmp_path, use, command=("/no/vllm",))
+
+
+def test_updates_under_load_neither_mix_versions_nor_leak(tmp_path: Path) -> None:
+    """500 in a row, two replicas, so that one version stays beside the newest."""
+    models = [make_model("llama", seed, head_dim=32) for seed in range(2)]
+    folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    updates = 500
+
+    async def use(engine: VllmEngine) -> tuple[list[tuple[int, tuple[int, ...], Completion]], list[int]]:
+        done, memory, over = list[tuple[int, tuple[int, ...], Completion]](), list[int](), asyncio.Event()
+
+        async def ask(n: int) -> None:
+            rng = Random(n)
+            while not over.is_set():
+                version, prompt = engine.newest, make_ids(rng, rng.randint(5, 150))
+                sampling = Sampling(max_tokens=rng.randint(5, 25), seed=rng.randrange(10**6), version=version)
+                try:
+                    done.append((version, prompt, await engine.generate(prompt, sampling)))
+                except EngineError as error:
+                    assert "was dropped before" in str(error) or "is not resident" in str(error)
+
+        async with asyncio.TaskGroup() as tasks:
+            for n in range(8):
+                tasks.create_task(ask(n))
+            for version in range(1, updates + 1):
+                await engine.load(Weights(version=version, where=folders[version % 2]), keep=[version - 1])
+                memory.append(sum(_resident_mib(r.server._process.pid) for r in engine._replicas if r.server._process))
+            over.set()
+        return done, memory
+
+    done, memory = serve(tmp_path / "0", use, replicas=2)
+    print(f"{len(done)} completions in {updates} updates; MiB at 100, 300, 500: {[memory[i] for i in (99, 299, -1)]}")
+    assert len({version for version, _, _ in done}) > updates / 4
+    assert all(set(c.versions) == {version} for version, _, c in done)
+    for parity, model in enumerate(models):
+        mine = [(prompt, c) for version, prompt, c in done if version % 2 == parity]
+        assert len(mine) > updates / 4
+        assert trainer_gap(trainer_of(model), mine) < TOLERANCE
+    assert memory[-1] < memory[99] + 60
+
+
+def _resident_mib(leader: int) -> int:
+    """Of the server's processes together."""
+    pages = 0
+    for pid, group in _groups():
+        with suppress(OSError):
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) if group == leader else 0
+    return pages * os.sysconf("SC_PAGESIZE") // 2**20
+
+
+def _groups() -> list[tuple[int, int]]:
+    """All processes, and the group of each."""
+    found = list[tuple[int, int]]()
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with suppress(OSError):
+                found.append((int(process.name), int((process / "stat").read_text().rpartition(")")[2].split()[2])))
+    return found
