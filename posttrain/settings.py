@@ -98,6 +98,8 @@ class VllmEngineConfig(Config):
     """Adapters served side by side."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 16
     """At least ``trainer.lora.rank``."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Modules that adapters may have something for: all that ``trainer.lora.targets`` comes to."""
     max_logprobs: Annotated[int, Field(ge=0)] = 64
     """Most likely tokens that a score may be asked for."""
     on_swap: Literal["keep", "recompute"] = "keep"

@@ -170,11 +170,18 @@ def serve_arguments(config: VllmEngineConfig, model: Path, port: int) -> list[st
     out += ["--worker-extension-cls", "posttrain.engine.vllm_worker.Extension", "--disable-uvicorn-access-log"]
     if config.eager:
         out += ["--enforce-eager"]
+    if config.threads is not None:
+        # A prompt that is read in two parts ends the server if its request has a seed: torch cannot turn the random
+        # numbers of a CPU back (0.32).
+        most = max(2048, config.max_context)
+        out += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(most)]
     if config.kv_cache_gib is not None:
         out += ["--kv-cache-memory-bytes", str(int(config.kv_cache_gib * 2**30))]
     if config.weights == "lora":
         most = ["--max-loras", str(config.max_loras), "--max-lora-rank", str(config.max_lora_rank)]
+        # Without names the head may have one too, and then log-probs of a prompt end the server (0.32 on a CPU).
         out += ["--enable-lora", *most, "--max-cpu-loras", str(config.max_loras)]
+        out += ["--lora-target-modules", *config.lora_targets]
     return [*out, *config.args]
 
 

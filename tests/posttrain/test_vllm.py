@@ -102,6 +102,20 @@ def test_a_prompt_that_was_seen_under_old_weights_is_read_anew(tmp_path: Path) -
     assert trainer_gap(trainer_of(models[1]), pairs) < TOLERANCE
 
 
+def test_many_long_prompts_at_once_are_read_whole(tmp_path: Path) -> None:
+    """More tokens than a forward may hold: on a CPU a prompt that is cut in two ends a server, if there is a seed."""
+    model = make_model("llama", 0, head_dim=32, max_position_embeddings=1024)
+    saved(model, tmp_path)
+    prompts = [make_ids(Random(i), 700 + 7 * i) for i in range(12)]
+
+    async def use(engine: VllmEngine) -> list[Completion]:
+        asked = (engine.generate(p, Sampling(max_tokens=5, seed=i)) for i, p in enumerate(prompts))
+        return await asyncio.gather(*asked)
+
+    found = serve(tmp_path, use, max_context=1000, restarts=0)
+    assert trainer_gap(trainer_of(model), list(zip(prompts, found, strict=True))) < TOLERANCE
+
+
 @pytest.mark.parametrize("on_swap", ["keep", "recompute"])
 def test_a_swap_keeps_the_cache_or_computes_it_anew(on_swap: str, tmp_path: Path) -> None:
     models = [make_model("llama", seed, head_dim=32) for seed in range(2)]
