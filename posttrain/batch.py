@@ -29,6 +29,8 @@ class Batch:
     """Log-probs of the engine that sampled."""
     advantages_BT: Tensor
     """Reward-based advantages."""
+    versions_BT: Tensor
+    """Policy versions that sampled, int32; of no meaning where nothing is trained."""
     teacher_BT: Tensor | None
     """Teacher log-probs, if a teacher gives the signal."""
     slots_BTLK: Tensor | None = None
@@ -99,6 +101,7 @@ def _tensors(samples: Sequence[Sample]) -> Batch:
 
     sampled_BT = pad([s.sampled for s in samples], torch.bool)
     sampled_BT[:, 0] = False
+    versions = [(s.oldest_version,) * len(s.ids) if s.versions is None else s.versions for s in samples]
     teachers = [s.teacher_logprobs for s in samples]
     return Batch(
         ids_BT=pad([s.ids for s in samples], torch.long),
@@ -106,6 +109,7 @@ def _tensors(samples: Sequence[Sample]) -> Batch:
         sampled_BT=sampled_BT,
         behaviour_BT=pad([s.logprobs for s in samples], torch.float32),
         advantages_BT=pad([s.advantages for s in samples], torch.float32),
+        versions_BT=pad(versions, torch.int32),
         teacher_BT=None if None in teachers else pad([t for t in teachers if t is not None], torch.float32),
     )
 
