@@ -1,7 +1,8 @@
 """How far the trainer's log-probs are from those the engine sampled with, by the staleness of the token.
 
 At staleness 0 both speak of the same weights, so that their gap is what engine and trainer compute differently; every
-version more adds what the policy has moved. Imports no torch: a report reads this too.
+version more adds what the policy has moved. An engine that keeps the cache of older weights as new ones come has some
+of that at staleness 0 as well. Imports no torch: a report reads this too.
 
 Shapes: N trained tokens.
 """
