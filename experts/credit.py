@@ -130,6 +130,7 @@ def samples_of(rollout: Rollout, advantage: float) -> list[Sample]:
             logprobs=tuple(p for s in branch for p in s.logprobs),
             advantages=tuple(advantage if m else 0.0 for s in branch for m in s.sampled),
             oldest_version=rollout.oldest_version,
+            versions=tuple(v for s in branch for v in s.versions),
             choices=next((s.choices for s in reversed(branch) if s.choices is not None), None),
         )
         for branch in rollout.branches

@@ -28,6 +28,7 @@ from posttrain.groups import Group, TaskSource
 from posttrain.journal import Journal, read_journal, rollout_from_dict, rollout_to_dict
 from posttrain.loop import Loop
 from posttrain.metrics import Metrics
+from posttrain.mismatch import to_record
 from posttrain.model.checkpoint import load_any
 from posttrain.objective_settings import LossConfig
 from posttrain.protocols import Credit
@@ -185,6 +186,7 @@ class _Steps:
         with (
             Journal(journal_path) as journal,
             _rewound(self.run.rollouts(f"{stage.name}.trained"), lambda r: r["version"] <= version) as self.trained,
+            _rewound(self.run.rollouts(f"{stage.name}.mismatch"), lambda r: r["version"] <= version) as self.mismatch,
             _rewound(_alarms(self.run, stage), self._remains) as self.alarms,
         ):
             self.loop = Loop(
@@ -222,6 +224,7 @@ class _Steps:
         alarms = self.watch.see(version, stats)
         rollouts = [r.id for g in batch for r in g.rollouts if r.valid]
         self.trained.write({"version": version, "groups": [g.number for g in batch], "rollouts": rollouts})
+        self.mismatch.write(to_record(version, self.trainer.gaps))
         self.metrics.log(version, name, stats | {f"alarm/{a.rule}": 1.0 for a in alarms})
         self.show(completed=version, description=f"{name} {reading(stats)}")
         for alarm in alarms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Line:
     """Running mean; empty if there are too few points for one."""
     dots: list[tuple[float, float]]
     last: str
-    """Last value of what is drawn thick, formatted."""
+    """Last value of what is drawn thick, formatted; empty for a histogram."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +69,10 @@ def chart(
     percent: bool = False,
     dots: bool = False,
     wide: bool = False,
+    powers: bool = False,
 ) -> Chart | None:
-    """A line chart, y from 0 unless ``y_range`` says otherwise; None if no series has a point."""
+    """A line chart, y from 0 unless ``y_range`` says otherwise; None if no series has a point. ``powers``: x are powers
+    of ten, and the points those of a histogram, which has neither a running mean nor a last value."""
     series = [s for s in series if s.points]
     if not series:
         return None
@@ -87,6 +89,10 @@ def chart(
     first, last = frame.x
     x_values = xs if dots else [t for t in ticks(first, last, 5) if first <= t <= last and t == int(t)]
     at = [(s, dict(s.points)) for s in series]
+
+    def words(x: float) -> str:
+        return number(10.0**x) if powers else f"{x:g}"
+
     rows = [
         {
             "name": s.name,
@@ -99,15 +105,15 @@ def chart(
     return Chart(
         title=title,
         note=note,
-        description="; ".join(_story(s, x_name, percent) for s in series),
+        description="; ".join((_peak if powers else _story)(s, x_name, percent, words) for s in series),
         x_name=x_name,
         width=frame.width,
         height=_HEIGHT,
         plot=(_LEFT, _TOP, frame.width - _RIGHT, _HEIGHT - _BOTTOM),
-        x_ticks=[(frame.px(x), f"{x:g}") for x in x_values],
+        x_ticks=[(frame.px(x), words(x)) for x in x_values],
         y_ticks=[(frame.py(y), number(y, percent)) for y in y_values],
-        lines=[_line(frame, s, dots, percent) for s in series],
-        hover={"x": [f"{x_name} {x:g}" for x in xs], "px": [frame.px(x) for x in xs], "rows": rows},
+        lines=[_line(frame, s, dots, percent, powers) for s in series],
+        hover={"x": [f"{x_name} {words(x)}" for x in xs], "px": [frame.px(x) for x in xs], "rows": rows},
     )
 
 
@@ -130,9 +136,9 @@ class _Frame:
         return round(_HEIGHT - _BOTTOM - (min(max(y, low), high) - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP), 1)
 
 
-def _line(frame: _Frame, series: Series, dots: bool, percent: bool) -> Line:
+def _line(frame: _Frame, series: Series, dots: bool, percent: bool, powers: bool) -> Line:
     points = series.points
-    window = 0 if dots else len(points) // 10
+    window = 0 if dots or powers else len(points) // 10
     means = running_mean([y for _, y in points], window) if window >= 2 else []
     smooth = [(x, m) for (x, _), m in zip(points, means, strict=False)]
     places = [(frame.px(x), frame.py(y)) for x, y in points]
@@ -141,7 +147,7 @@ def _line(frame: _Frame, series: Series, dots: bool, percent: bool) -> Line:
         path=_path(places),
         smooth=_path([(frame.px(x), frame.py(y)) for x, y in smooth]),
         dots=places if dots or len(points) == 1 else [],
-        last=number((smooth or points)[-1][1], percent),
+        last="" if powers else number((smooth or points)[-1][1], percent),
     )
 
 
@@ -179,9 +185,16 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:g},{y:g}" for x, y in points) if points else ""
 
 
-def _story(series: Series, x_name: str, percent: bool) -> str:
+def _story(series: Series, x_name: str, percent: bool, words: Callable[[float], str]) -> str:
     (x0, y0), (x1, y1) = series.points[0], series.points[-1]
-    return f"{series.name}: {number(y0, percent)} at {x_name} {x0:g}, {number(y1, percent)} at {x_name} {x1:g}"
+    return (
+        f"{series.name}: {number(y0, percent)} at {x_name} {words(x0)}, {number(y1, percent)} at {x_name} {words(x1)}"
+    )
+
+
+def _peak(series: Series, x_name: str, percent: bool, words: Callable[[float], str]) -> str:
+    x, y = max(series.points, key=lambda point: point[1])
+    return f"{series.name}: at most {number(y, percent)}, at {x_name} {words(x)}"
 
 
 __all__ = ["Chart", "Series", "chart", "number", "running_mean", "ticks"]

@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fusion.charts import Chart, Series, chart, number
+from fusion.mismatch import Steps, read_gaps, section
 from fusion.results import BASE, GENERAL, NOT_EXPERTS, STUDENT, verdict
 from fusion.transcripts import tasks_to_read
 from posttrain.files import write_text
@@ -55,6 +56,8 @@ class Findings:
     """Records of every evaluated policy: base, experts, student."""
     alarms: dict[str, list[Record]]
     """Where rules were violated, of every stage that had any."""
+    gaps: dict[str, Steps]
+    """Between engine and trainer, of every stage that counted them."""
 
     @property
     def experts(self) -> list[str]:
@@ -101,6 +104,7 @@ def write_report(run: RunDir) -> Path:
         fusion=_fusion(found),
         health=_health(found),
         loops=_loops(found),
+        mismatch=section({s: found.gaps[s] for s in found.steps if s in found.gaps}, found.color, _plain),
         tokens=_tokens(found),
         stops=_stops(found),
         reading=_reading(found),
@@ -135,6 +139,7 @@ def read(run: RunDir) -> Findings:
         results=json.loads(run.results_file.read_text()) if run.results_file.exists() else None,
         evaluation=evaluation,
         alarms={stage: records for stage, records in alarms.items() if records},
+        gaps=read_gaps(run),
     )
 
 

@@ -29,6 +29,8 @@ class Batch:
     """Log-probs of the engine that sampled."""
     advantages_BT: Tensor
     """Reward-based advantages."""
+    versions_BT: Tensor
+    """Policy versions that sampled, int32; of no meaning where nothing is trained."""
     teacher_BT: Tensor | None
     """Teacher log-probs, if a teacher gives the signal."""
     slots_BTLK: Tensor | None = None
@@ -91,22 +93,24 @@ def _pack_groups(groups: Mapping[tuple[int, ...], Sequence[Sample]], size: int) 
 def _tensors(samples: Sequence[Sample]) -> Batch:
     width = max(len(s.ids) for s in samples)
 
-    def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-        out = torch.zeros(len(rows), width, dtype=dtype)
+    def pad(rows: Sequence[Sequence[float]], dtype: type[np.generic]) -> Tensor:
+        out = np.zeros((len(rows), width), dtype)
         for i, row in enumerate(rows):
-            out[i, : len(row)] = torch.tensor(row, dtype=dtype)
-        return out
+            out[i, : len(row)] = row
+        return torch.from_numpy(out)
 
-    sampled_BT = pad([s.sampled for s in samples], torch.bool)
+    sampled_BT = pad([s.sampled for s in samples], np.bool_)
     sampled_BT[:, 0] = False
+    versions = [(s.oldest_version,) * len(s.ids) if s.versions is None else s.versions for s in samples]
     teachers = [s.teacher_logprobs for s in samples]
     return Batch(
-        ids_BT=pad([s.ids for s in samples], torch.long),
-        real_BT=pad([[True] * len(s.ids) for s in samples], torch.bool),
+        ids_BT=pad([s.ids for s in samples], np.int64),
+        real_BT=pad([[True] * len(s.ids) for s in samples], np.bool_),
         sampled_BT=sampled_BT,
-        behaviour_BT=pad([s.logprobs for s in samples], torch.float32),
-        advantages_BT=pad([s.advantages for s in samples], torch.float32),
-        teacher_BT=None if None in teachers else pad([t for t in teachers if t is not None], torch.float32),
+        behaviour_BT=pad([s.logprobs for s in samples], np.float32),
+        advantages_BT=pad([s.advantages for s in samples], np.float32),
+        versions_BT=pad(versions, np.int32),
+        teacher_BT=None if None in teachers else pad([t for t in teachers if t is not None], np.float32),
     )
 
 

@@ -69,6 +69,25 @@ class Tokens:
         return values_N.new_zeros(len(self.length_B)).index_add(0, self.row_N, values_N)
 
 
+class Terms(NamedTuple):
+    """What the tokens of a micro-batch add to a loss."""
+
+    terms_N: Tensor
+    """Minimised."""
+    gated_N: Tensor
+    """True where a mask, a clip or a correction takes the signal of the advantage, or the teacher, away."""
+    stats: Stats
+
+
+class Loss(NamedTuple):
+    """What a micro-batch adds to the loss of its optimizer step."""
+
+    total: Tensor
+    stats: Stats
+    gated_N: Tensor
+    """As in ``Terms``."""
+
+
 class Extent(NamedTuple):
     """What one optimizer step covers, over all of its micro-batches."""
 
@@ -78,13 +97,13 @@ class Extent(NamedTuple):
     """Trained ones."""
 
 
-def loss(tokens: Tokens, config: LossConfig, extent: Extent) -> tuple[Tensor, Stats]:
-    """What a micro-batch adds to the loss of its optimizer step, and sums for ``means``."""
+def loss(tokens: Tokens, config: LossConfig, extent: Extent) -> Loss:
+    """What a micro-batch adds to the loss of its optimizer step, with sums for ``means``."""
     distils = isinstance(config, DistillLoss)
-    terms_N, stats = distill_terms(tokens, config) if distils else policy_terms(tokens, config)
+    terms_N, gated_N, stats = distill_terms(tokens, config) if distils else policy_terms(tokens, config)
     reduction, length = ("response", 1) if distils else (config.reduction, config.constant_length)
     total = reduce(terms_N, tokens, reduction, length, extent)
-    return total, {**stats, **_behaviour(tokens), f"loss/{reduction}": total.item()}
+    return Loss(total, {**stats, **_behaviour(tokens), f"loss/{reduction}": total.item()}, gated_N)
 
 
 def reduce(terms_N: Tensor, tokens: Tokens, reduction: Reduction, constant_length: int, extent: Extent) -> Tensor:
@@ -98,8 +117,8 @@ def reduce(terms_N: Tensor, tokens: Tokens, reduction: Reduction, constant_lengt
             return (terms_N / tokens.length_B[tokens.row_N]).sum() / extent.rollouts
 
 
-def policy_terms(tokens: Tokens, config: PolicyLossConfig) -> tuple[Tensor, Stats]:
-    """Terms [N] of an objective that learns from advantages, and sums.
+def policy_terms(tokens: Tokens, config: PolicyLossConfig) -> Terms:
+    """Terms of an objective that learns from advantages.
 
     A correction that masks a token masks the pull as well, since both trust the recorded mu; the objective's own mask
     leaves the pull, which is what brings such a token back."""
@@ -112,7 +131,7 @@ def policy_terms(tokens: Tokens, config: PolicyLossConfig) -> tuple[Tensor, Stat
         whole_N = _ratio(prox_N - mu_N)
         weight_N, log_ratio_N = whole_N.clamp_max(config.importance_cap), pi_N - prox_N
         stats["importance_capped"] = (whole_N > config.importance_cap).sum().item()
-    surrogate_N, own = _surrogate(tokens, log_ratio_N, config)
+    surrogate_N, flat_N, own = _surrogate(tokens, log_ratio_N, config)
     terms_N = -weight_N * surrogate_N
     if config.pull:
         terms_N = terms_N + config.pull * (pi_N - mu_N).square()
@@ -124,10 +143,10 @@ def policy_terms(tokens: Tokens, config: PolicyLossConfig) -> tuple[Tensor, Stat
         stats["kl_reference"] = _k3(tokens.reference_N, pi_N.detach()).sum().item()
     if config.entropy:
         terms_N = terms_N - config.entropy * tokens.entropy_N
-    return terms_N, {**stats, **{f"{config.type}/{name}": value for name, value in own.items()}}
+    return Terms(terms_N, flat_N | ~keep_N, {**stats, **{f"{config.type}/{k}": value for k, value in own.items()}})
 
 
-def distill_terms(tokens: Tokens, config: DistillLoss) -> tuple[Tensor, Stats]:
+def distill_terms(tokens: Tokens, config: DistillLoss) -> Terms:
     """``-w * sg[clip(log teacher - log pi, +-5)] * log pi`` with the gate ``w = sg[pi/mu]`` inside [low, high], else 0.
 
     The log-ratio is an advantage (stop-gradient): differentiated directly, the teacher would vanish from the gradient.
@@ -144,7 +163,7 @@ def distill_terms(tokens: Tokens, config: DistillLoss) -> tuple[Tensor, Stats]:
         "advantage_clipped": (raw_N.abs() > config.advantage_clip).sum().item(),
         "kl_teacher": (-raw_N).sum().item(),
     }
-    return -torch.where(inside_N, ratio_N, 0.0) * advantage_N * tokens.pi_N, stats
+    return Terms(-torch.where(inside_N, ratio_N, 0.0) * advantage_N * tokens.pi_N, ~inside_N, stats)
 
 
 def means(sums: Stats, updates: int) -> Stats:
@@ -163,17 +182,18 @@ def means(sums: Stats, updates: int) -> Stats:
     return out | {key: value / (updates if key.startswith("loss/") else tokens) for key, value in rest.items()}
 
 
-def _surrogate(tokens: Tokens, log_ratio_N: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Stats]:
-    """What is maximised, [N], and sums that bear the objective's name."""
+def _surrogate(tokens: Tokens, log_ratio_N: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor, Stats]:
+    """What is maximised, [N], where a bound keeps it from learning, [N], and sums that bear the objective's name."""
     ratio_N, advantage_N = _ratio(log_ratio_N), tokens.advantage_N
     match config:
         case DppoLoss():
             moved_N = tokens.pi_N.detach().exp() - tokens.mu_N.exp()
             outside_N = (advantage_N.sign() * moved_N) > config.delta
             weighted_N, stats = _weighted(tokens, ratio_N, config.ratio_cap)
-            return torch.where(outside_N, 0.0, weighted_N), {**stats, "masked": outside_N.sum().item()}
+            return torch.where(outside_N, 0.0, weighted_N), outside_N, {**stats, "masked": outside_N.sum().item()}
         case CispoLoss():
-            return _weighted(tokens, ratio_N, config.ratio_cap)
+            weighted_N, stats = _weighted(tokens, ratio_N, config.ratio_cap)
+            return weighted_N, torch.zeros_like(ratio_N, dtype=torch.bool), stats
         case GspoLoss():
             mean_B = tokens.row_sum(log_ratio_N) / tokens.length_B
             # The value of the whole response's ratio, the gradient of the token's own.
@@ -183,11 +203,11 @@ def _surrogate(tokens: Tokens, log_ratio_N: Tensor, config: PolicyLossConfig) ->
         case GrpoLoss():
             return _clip(ratio_N, advantage_N, config)
         case ClippedLoss():
-            surrogate_N, _ = _clip(ratio_N, advantage_N, config)
+            surrogate_N, _, _ = _clip(ratio_N, advantage_N, config)
             # As printed, Eq. 4 takes the outer max for both signs and would flatten every positive token.
             bounded_N = torch.maximum(surrogate_N, config.clip_negative * advantage_N)
             surrogate_N = torch.where(advantage_N < 0, bounded_N, surrogate_N)
-            return surrogate_N, _flat(surrogate_N, ratio_N * advantage_N)
+            return surrogate_N, *_flat(surrogate_N, ratio_N * advantage_N)
 
 
 def _weighted(tokens: Tokens, ratio_N: Tensor, cap: float) -> tuple[Tensor, Stats]:
@@ -197,16 +217,19 @@ def _weighted(tokens: Tokens, ratio_N: Tensor, cap: float) -> tuple[Tensor, Stat
     return weight_N * tokens.advantage_N * tokens.pi_N, {"capped": capped}
 
 
-def _clip(ratio_N: Tensor, advantage_N: Tensor, config: GrpoLoss | GspoLoss | ClippedLoss) -> tuple[Tensor, Stats]:
-    """PPO's ``min(r A, clip(r, 1 - low, 1 + high) A)``."""
+def _clip(
+    ratio_N: Tensor, advantage_N: Tensor, config: GrpoLoss | GspoLoss | ClippedLoss
+) -> tuple[Tensor, Tensor, Stats]:
+    """PPO's ``min(r A, clip(r, 1 - low, 1 + high) A)``, where it is flat, and sums."""
     inside_N = ratio_N.clamp(1 - config.clip_low, 1 + config.clip_high)
     surrogate_N = torch.minimum(ratio_N * advantage_N, inside_N * advantage_N)
-    return surrogate_N, _flat(surrogate_N, ratio_N * advantage_N)
+    return surrogate_N, *_flat(surrogate_N, ratio_N * advantage_N)
 
 
-def _flat(surrogate_N: Tensor, free_N: Tensor) -> Stats:
+def _flat(surrogate_N: Tensor, free_N: Tensor) -> tuple[Tensor, Stats]:
     """Tokens that a bound keeps from learning."""
-    return {"clipped": (surrogate_N != free_N).sum().item()}
+    flat_N = surrogate_N != free_N
+    return flat_N, {"clipped": flat_N.sum().item()}
 
 
 def _kept(tokens: Tokens, config: PolicyLossConfig) -> tuple[Tensor, Stats]:

@@ -59,7 +59,7 @@ def shared(samples: Sequence[Sample]) -> dict[tuple[int, ...], list[Sample]]:
 
 def without(sample: Sample, prompt: int) -> Sample:
     """The sample from its token ``prompt`` on."""
-    teachers = sample.teacher_logprobs
+    teachers, versions = sample.teacher_logprobs, sample.versions
     return replace(
         sample,
         ids=sample.ids[prompt:],
@@ -67,6 +67,7 @@ def without(sample: Sample, prompt: int) -> Sample:
         logprobs=sample.logprobs[prompt:],
         advantages=sample.advantages[prompt:],
         teacher_logprobs=None if teachers is None else teachers[prompt:],
+        versions=None if versions is None else versions[prompt:],
     )
 
 

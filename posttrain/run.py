@@ -5,7 +5,7 @@
     config.yaml      the resolved config, itself a valid config
     stages.json      for every stage: digest of what it was made from, seconds, outputs
     metrics.jsonl    one record a step
-    rollouts/        one journal a stage
+    rollouts/        one journal a stage, and of RL what was trained (.trained) and its gaps to the engine (.mismatch)
     weights/         one folder a stage, one in it a version
     checkpoints/     one folder a stage, Hugging Face format
     results.json, report.html, log.txt

@@ -24,6 +24,7 @@ from posttrain.batch import Batch, pack
 from posttrain.errors import UserError
 from posttrain.files import needs_room
 from posttrain.logprobs import bare, plain_head, token_logprobs
+from posttrain.mismatch import Gaps, Mismatch
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.model.layer import LayerReplay
 from posttrain.model.outputs import Longcat2CausalOutput
@@ -62,6 +63,8 @@ class Trainer:
         if config.deterministic:
             determinism.enforce()
         self.config, self.loss, self.version = config, loss, 0
+        self.gaps: dict[int, Gaps] = {}
+        """Between trainer and engine, of the tokens of the last step, by their staleness."""
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         model.train()
         if isinstance(model, Longcat2ForCausalLM):
@@ -118,6 +121,7 @@ class Trainer:
         groups = [pack(ordered[i::parts], size, replay, self._shares_prompts) for i in range(parts)]
         # All of it before the first update: prox is the policy that the step starts with.
         earlier = [[self._earlier(b) for b in g] for g in groups]
+        mismatch = Mismatch(self.version)
         totals: dict[str, float] = {}
         norms: list[float] = []
         for batches, known in zip(groups, earlier, strict=True):
@@ -126,8 +130,9 @@ class Trainer:
             extent = Extent(num_rollouts / parts, sum(int(b.sampled_BT.sum()) for b in batches))
             real = sum(int(b.real_BT.sum()) for b in batches)
             for batch, known_N in zip(batches, known, strict=True):
-                self._accumulate(batch, known_N, extent, real, totals)
+                self._accumulate(batch, known_N, extent, real, totals, mismatch)
             norms.append(self._update())
+        self.gaps = mismatch.gaps()
         tokens, rate = totals.get("tokens", 0.0), float(self.schedule.get_last_lr()[0])
         return {
             **objective.means(totals, len(norms)),
@@ -165,7 +170,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _accumulate(self, batch: Batch, earlier: _Earlier, extent: Extent, real: int, totals: dict[str, float]) -> None:
+    def _accumulate(
+        self,
+        batch: Batch,
+        earlier: _Earlier,
+        extent: Extent,
+        real: int,
+        totals: dict[str, float],
+        mismatch: Mismatch,
+    ) -> None:
         batch = batch.to(self.accelerator.device)
         pi_N, entropy_N, aux = self._logprobs(batch, True)
         mask_BT = batch.sampled_BT
@@ -179,7 +192,8 @@ class Trainer:
             reference_N=earlier.reference_N,
             teacher_N=None if batch.teacher_BT is None else batch.teacher_BT[mask_BT],
         )
-        total, stats = objective.loss(tokens, self.loss, extent)
+        total, stats, gated_N = objective.loss(tokens, self.loss, extent)
+        mismatch.add(tokens.prox_N - tokens.mu_N, batch.versions_BT[mask_BT], gated_N)
         if aux is not None:
             total = total + aux * (batch.real_BT.sum().item() / real)
             stats["aux_loss"] = aux.item() * len(pi_N)

@@ -298,6 +298,8 @@ class Sample:
     """Kept raw: the reverse-KL advantage is recomputed under the live student."""
     oldest_version: int = 0
     """For staleness."""
+    versions: tuple[int, ...] | None = None
+    """Policy version of each token, -1 where not sampled; None: all that is sampled is of ``oldest_version``."""
     choices: Choices | None = None
     """From position 0 on; the last positions have none."""
 
@@ -305,6 +307,8 @@ class Sample:
         lengths = {len(self.ids), len(self.sampled), len(self.logprobs), len(self.advantages)}
         if self.teacher_logprobs is not None:
             lengths.add(len(self.teacher_logprobs))
+        if self.versions is not None:
+            lengths.add(len(self.versions))
         if len(lengths) != 1:
             raise ValueError(f"a sample's per-token tuples differ in length: {sorted(lengths)}")
         if self.choices is not None and self.choices.positions > len(self.ids):

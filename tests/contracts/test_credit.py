@@ -40,6 +40,7 @@ def test_samples_are_the_rollouts_tokens(credit: Credit, group: list[Rollout]) -
         assert sample.ids == tuple(i for s in branch for i in s.ids)
         assert sample.sampled == tuple(m for s in branch for m in s.sampled)
         assert sample.logprobs == tuple(p for s in branch for p in s.logprobs)
+        assert sample.versions == tuple(v for s in branch for v in s.versions)
         assert (sample.domain, sample.oldest_version) == (source.task.domain, source.oldest_version)
 
 

@@ -115,5 +115,6 @@ def test_a_sample_is_its_branch_token_by_token() -> None:
         logprobs=(0.0, 0.0, -1.0, -1.0, 0.0, -0.5),
         advantages=(0.0, 0.0, -0.25, -0.25, 0.0, -0.25),
         oldest_version=3,
+        versions=(-1, -1, 3, 4, -1, 4),
     )
     assert (second.ids, second.advantages, second.oldest_version) == ((9,), (-0.25,), 3)

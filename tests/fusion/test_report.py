@@ -26,6 +26,7 @@ from posttrain.journal import Journal
 from posttrain.metrics import Metrics
 from posttrain.run import RunDir
 from posttrain.settings import Longcat2Model
+from tests.fusion.test_mismatch import write_gaps
 
 HOSTILE = "</pre></script><script>alert('owned')</script><img src=x onerror=alert(1)>\u202egnp\x1b[31m"
 WORLDS = {"agent": ("code", "desk"), "reasoning": ("chains",), "interaction": ("facts", "requests", "rules")}
@@ -136,6 +137,8 @@ def make_run(path: Path, *, stages: int = 5, evaluated: bool = True, steps: int 
                 metrics.log(step * 10, name, values)
             else:
                 metrics.log(step, name, rl_step(name, step, rng))
+        if name != "cold_start":
+            write_gaps(run, name, steps)
         run.finish(name, name, {"cold_start": 96.4}.get(name, 118.2))
     metrics.close()
     if evaluated:
@@ -185,7 +188,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_tags_are_balanced_and_every_section_is_there(report: str) -> None:
     page = Page(report)
     assert page.open == []
-    assert {"results", "experts", "fusion", "tokens", "reading", "stops", "health"} <= page.ids
+    assert {"results", "experts", "fusion", "tokens", "reading", "stops", "health", "mismatch"} <= page.ids
 
 
 def test_nothing_is_loaded_from_anywhere(report: str) -> None:
@@ -213,8 +216,11 @@ def test_only_our_script_may_run(report: str) -> None:
 
 def test_every_chart_has_words_for_those_who_do_not_see_it(report: str) -> None:
     charts = [a for tag, a in Page(report).tags if tag == "svg" and a["class"] == "chart"]
-    assert len(charts) > 15
-    assert all(a["role"] == "img" and re.search(r" at (step|difficulty) ", a["aria-label"] or "") for a in charts)
+    assert len(charts) > 20
+    assert all(
+        a["role"] == "img" and re.search(r" at (step|difficulty|staleness|gap in nats) ", a["aria-label"] or "")
+        for a in charts
+    )
 
 
 def test_figures_of_the_results_are_on_the_page(report: str, tmp_path: Path) -> None:
@@ -232,6 +238,7 @@ def test_partial_runs_show_what_there_is(tmp_path: Path, stages: int) -> None:
     page = Page(report)
     assert page.open == [] and "results" not in page.ids
     assert ("experts" in page.ids) == (stages > 1) and "fusion" not in page.ids
+    assert ("mismatch" in page.ids) == (stages > 1)
     assert ("not finished" in report) == (stages > 0)
 
 

@@ -40,6 +40,6 @@ def tokens(pi: Tensor, mu: Tensor, advantages: Tensor, rows: Sequence[int] | Non
 
 def learn(config: LossConfig, given: Tokens, extent: Extent = ONE) -> tuple[float, list[float], Stats]:
     """Loss, its gradient in log pi, sums."""
-    total, stats = loss(given, config, extent)
+    total, stats, _ = loss(given, config, extent)
     (gradient,) = torch.autograd.grad(total, given.pi_N)
     return total.item(), gradient.tolist(), stats

@@ -208,7 +208,7 @@ def test_the_importance_weight_is_cut_above_only_and_carries_no_gradient() -> No
     mu = numbers(-2, -2, -2)
     prox = (mu + numbers(0.1, 1.9, 50).log()).requires_grad_()
     given = tokens(prox, mu, numbers(1, 1, 1), prox=prox)
-    total, stats = loss(given, ClippedLoss(constant_length=1), ONE)
+    total, stats, _ = loss(given, ClippedLoss(constant_length=1), ONE)
     total.backward()
     assert given.pi_N.grad is not None and prox.grad is None
     assert (-given.pi_N.grad).tolist() == pytest.approx([0.1, 1.9, 2.0])
@@ -340,6 +340,6 @@ def test_the_kl_term_is_the_gradient_of_the_kl() -> None:
         pi_N=pi, prox_N=pi.detach(), mu_N=pi.detach(), advantage_N=torch.zeros(5), row_N=torch.arange(5),
         entropy_N=torch.zeros(5), reference_N=reference,
     )  # fmt: skip
-    terms, _ = policy_terms(given, GrpoLoss(kl=1.0))
+    terms, _, _ = policy_terms(given, GrpoLoss(kl=1.0))
     (ours,) = torch.autograd.grad((pi.exp().detach() * terms).sum(), logits)
     assert torch.allclose(ours, exact, atol=1e-12) and exact.abs().max() > 0.01

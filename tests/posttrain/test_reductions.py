@@ -53,7 +53,7 @@ def part(whole: Tokens, rows: Sequence[int]) -> Tokens:
 def summed(parts: Sequence[Tokens], config: LossConfig, extent: Extent) -> tuple[Tensor, Stats]:
     total, sums = torch.zeros((), dtype=torch.float64), Stats()
     for tokens_of_part in parts:
-        value, stats = loss(tokens_of_part, config, extent)
+        value, stats, _ = loss(tokens_of_part, config, extent)
         total = total + value
         sums = {k: sums.get(k, 0.0) + v for k, v in stats.items()}
     return total, means(sums, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from posttrain import trainer as trainer_module
-from posttrain.objective import Tokens, loss
+from posttrain.objective import Loss, Tokens, loss
 from posttrain.settings import LoraConfig
 from posttrain.trainer import Trainer, save_state
 from posttrain.types import Sample
@@ -114,7 +114,7 @@ def test_two_updates_a_batch_use_the_log_probs_from_before_both(monkeypatch: pyt
     """The ratio of the second update is to the policy that the step started with."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def spy(tokens: Tokens, *rest: Any) -> tuple[Tensor, dict[str, float]]:
+    def spy(tokens: Tokens, *rest: Any) -> Loss:
         seen.append((tokens.pi_N.detach().clone(), tokens.prox_N.clone()))
         return loss(tokens, *rest)
 
