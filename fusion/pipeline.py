@@ -35,6 +35,7 @@ from experts.train import Stage, run_stage
 from experts.verification import SelfVerification
 from fusion.config import FusionConfig, PipelineConfig, domains_of
 from fusion.credit import TeacherCredit
+from fusion.memory import foretell
 from fusion.report import write_report
 from fusion.results import results
 from fusion.teachers import ModelTeacher
@@ -69,6 +70,7 @@ class Pipeline:
         self.domains = domains_of(config)
         self.digests: dict[str, str] = {}
         self._engine: LocalEngine | None = None
+        self._foretold = False
 
     def close(self) -> None:
         """Close what is open; idempotent."""
@@ -84,6 +86,9 @@ class Pipeline:
         if self.run.done(stage, key):
             log.info("%s: done before", stage)
             return
+        if not self._foretold:
+            self._foretold = True
+            foretell(self.config)
         resumed = self.run.begin(stage, key)
         log.info("%s: %s", stage, "going on" if resumed else "starting")
         started = time.monotonic()
