@@ -131,7 +131,7 @@ def test_the_cache_of_a_real_engine(extra: dict[str, Any]) -> None:
             input_ids=torch.ones(3, 2, dtype=torch.long), attention_mask=mask,
             position_ids=torch.arange(2).expand(3, 2), past_key_values=cache, use_cache=True,
         )  # fmt: skip
-    buffers = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    buffers = [t for layer in cache.layers for name in ("keys", "values") if (t := getattr(layer, name)) is not None]
     real = sum(t.numel() * t.element_size() for t in buffers)
     estimate = memory.cache_bytes(config, LocalEngineConfig(slots=3, max_context=20))
     assert estimate == real
