@@ -3,8 +3,8 @@
 Every case is a process of its own on the CPU: once all is imported and a tiny trainer has stepped, it makes a model and
 a trainer, takes a step on one short sequence and one on two full micro-batches, and says by how much its largest
 resident size grew, by the kernel. The last cases are the local engine's scheduler with all slots filled. Each runs
-twice: with an allocator that gives back at once what is freed, which shows what is live and is what ``posttrain.memory``
-means to say from the shapes alone; and with glibc's defaults, which keep holes between tensors.
+twice: with an allocator that gives back at once what is freed, which shows what is live and is what
+``posttrain.memory`` means to say from the shapes alone; and with glibc's defaults, which keep holes between tensors.
 Exit status 1 if an estimate is more than 30 % off what is live.
 """
 
