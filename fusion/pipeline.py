@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from envs.worlds import make_world
@@ -35,6 +35,7 @@ from experts.train import Stage, run_stage
 from experts.verification import SelfVerification
 from fusion.config import FusionConfig, PipelineConfig, ServedTeachers, domains_of
 from fusion.credit import TeacherCredit
+from fusion.memory import foretell
 from fusion.report import write_report
 from fusion.results import results
 from fusion.served_teachers import start_teachers
@@ -45,14 +46,14 @@ from posttrain.engine.local import LocalEngine
 from posttrain.engine.start import start_engine
 from posttrain.engine.vllm import VllmEngine
 from posttrain.files import remove, write_json
+from posttrain.fresh import at_random
 from posttrain.groups import TaskSource, derive_seed
 from posttrain.journal import Journal, read_journal
 from posttrain.metrics import Metrics
-from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.model.checkpoint import load_any
 from posttrain.protocols import Teacher
 from posttrain.run import RunDir
-from posttrain.settings import LocalEngineConfig, Longcat2Model, PretrainedModel, RandomModel
+from posttrain.settings import LocalEngineConfig, PretrainedModel
 from posttrain.types import Weights
 from rewards import RewardConfig
 
@@ -72,6 +73,7 @@ class Pipeline:
         self.domains = domains_of(config)
         self.digests: dict[str, str] = {}
         self._engine: LocalEngine | VllmEngine | None = None
+        self._foretold = False
 
     def close(self) -> None:
         """Close what is open; idempotent."""
@@ -87,6 +89,9 @@ class Pipeline:
         if self.run.done(stage, key):
             log.info("%s: done before", stage)
             return
+        if not self._foretold:
+            self._foretold = True
+            foretell(self.config)
         resumed = self.run.begin(stage, key)
         log.info("%s: %s", stage, "going on" if resumed else "starting")
         started = time.monotonic()
@@ -166,7 +171,8 @@ class Pipeline:
             model = load_any(c.model.path, torch.float32)
         else:
             tokenizer = train_tokenizer(texts(mixed), c.model.vocab_size)
-            model = _at_random(c.model)
+            # The tokenizer puts its special tokens first, in this order.
+            model = at_random(c.model, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
         model.save_pretrained(start)
         tokenizer.save_pretrained(start)
         chat = Chat(tokenizer)
@@ -340,15 +346,6 @@ class Pipeline:
             for rollout in rollouts:
                 out.write(record(rollout))
         return [journal]
-
-
-def _at_random(config: Longcat2Model | RandomModel) -> PreTrainedModel:
-    # The tokenizer puts its special tokens first, in this order.
-    given = {**config.settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if isinstance(config, Longcat2Model):
-        return Longcat2ForCausalLM(Longcat2Config(vocab_size=config.vocab_size, **given))
-    described = AutoConfig.for_model(config.architecture, vocab_size=config.vocab_size, **given)
-    return AutoModelForCausalLM.from_config(described, dtype=torch.float32)
 
 
 def _made_from(config: ExpertConfig | FusionConfig) -> dict[str, Any]:

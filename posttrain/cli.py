@@ -94,6 +94,31 @@ def why(directory: Annotated[Path, typer.Argument(help="Directory of a run.", me
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a run.", metavar="[CONFIG]")] = None,
+    set_: Overrides = None,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What this machine can run and why not; with CONFIG, whether it can run that: exit status 1 if not."""
+    import json
+
+    from rich.console import Console
+
+    from fusion.doctor import diagnose, lines, memory_lines, table, verdict
+
+    found = diagnose(config, None if config is None else _load(config, set_, "doctor", None))
+    if json_:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        console = Console()
+        console.print(table(found)) if console.is_terminal else print("\n".join(lines(found)))
+        for line in (*memory_lines(found.plans, found.on_gpu), verdict(found)):
+            print(line)
+    if not found.runs:
+        raise typer.Exit(1)
+
+
+@app.command()
 def simulate(
     config: ConfigPath,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file for the figures.", metavar="FILE.json")] = None,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Logits of a chunk: 1 MiB in float32 stays in a core's cache, 256 MiB keeps a GPU busy."""
 _SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 """Fields of configs whose models do more to hidden states than to multiply them by the head."""
@@ -51,7 +51,7 @@ def token_logprobs(
     The product is in ``dtype`` (None: that of the hidden states), all that follows in float32. Both are differentiable:
     with z the logits, p their softmax and H the entropy, d logp / dz = onehot - p and dH / dz = -p (log p + H).
     ``chunk``: logits held at once."""
-    wanted = chunk or _CHUNK.get(hidden_ND.device.type, _CHUNK["cuda"])
+    wanted = chunk or CHUNK.get(hidden_ND.device.type, CHUNK["cuda"])
     rows = max(1, wanted // weight_VD.shape[0])
     return _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, dtype or hidden_ND.dtype, rows)  # pyright: ignore[reportReturnType]
 

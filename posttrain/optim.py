@@ -36,7 +36,7 @@ def _settings(name: str, parameter: Tensor, config: OptimizerSettings) -> dict[s
     scale = math.prod(factor for pattern, factor in config.lr_scales.items() if re.search(pattern, name))
     decay = config.weight_decay if parameter.ndim > 1 else 0.0
     muon = config.optimizer
-    if isinstance(muon, MuonConfig) and _hidden_matrices(name, parameter, muon):
+    if isinstance(muon, MuonConfig) and hidden_matrices(name, parameter, muon):
         return {
             "lr": (muon.matrix_lr or config.lr) * scale,
             "weight_decay": decay,
@@ -48,7 +48,8 @@ def _settings(name: str, parameter: Tensor, config: OptimizerSettings) -> dict[s
     return {"lr": config.lr * scale, "weight_decay": decay, "betas": config.betas, "fused": True}
 
 
-def _hidden_matrices(name: str, parameter: Tensor, muon: MuonConfig) -> bool:
+def hidden_matrices(name: str, parameter: Tensor, muon: MuonConfig) -> bool:
+    """Whether the parameter of this name is Muon's."""
     return parameter.ndim in (2, 3) and not any(re.search(pattern, name) for pattern in muon.exclude)
 
 

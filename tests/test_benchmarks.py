@@ -92,3 +92,15 @@ def test_long_sequences() -> None:
     assert run.returncode in (0, 1) and "Traceback" not in run.stderr, run.stderr
     gaps = re.search(r"largest difference of values (\S+), of gradients (\S+) and (\S+)", run.stdout)
     assert gaps is not None and all(float(gap) < 1e-3 for gap in gaps.groups())
+
+
+@pytest.mark.slow
+def test_memory() -> None:
+    """Exit status 1 would be an estimate that is more than 30 % off."""
+    cases = ["--only", "longcat2, activations", "--only", "qwen3, weights", "--only", "engine, qwen3"]
+    command = [sys.executable, str(ROOT / "benchmarks/memory.py"), *cases]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout + run.stderr
+    ratios = re.findall(r"^.*: (\d\.\d\d) of what is live, \d\.\d\d of what is resident$", run.stdout, re.MULTILINE)
+    assert len(ratios) == 3 and all(0.7 <= float(ratio) <= 1.3 for ratio in ratios)

@@ -1,0 +1,188 @@
+"""What this machine can run and why not: ``posttrain doctor``. Every probe is bounded; see ``posttrain.machine``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from envs.sandbox import BubblewrapConfig, DockerConfig, MontyConfig, probe
+from fusion.config import PipelineConfig
+from fusion.preflight import preflight, preflight_worlds
+from posttrain.errors import ConfigError
+from posttrain.machine import PATIENCE_S, Finding, Probe, ask_torch, examine, gpus_of, machine_probes, once, vllm
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fusion.memory import Plan
+
+_NEEDED = ("python", "torch")
+"""Without these nothing runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """What was found."""
+
+    machine: list[Finding]
+    config: Path | None = None
+    needs: list[Finding] = field(default_factory=list[Finding])
+    """What the config asks for."""
+    plans: list[Plan] = field(default_factory=list)
+    """Memory of the config's stages."""
+    on_gpu: bool = False
+    """Whether trainers would find a GPU."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether the config can run here; without one, whether anything can."""
+        needed = [f for f in self.machine if f.name in _NEEDED] + self.needs
+        return all(f.state != "missing" for f in needed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "config": None if self.config is None else str(self.config),
+            "runs": self.runs,
+            "machine": [f.to_dict() for f in self.machine],
+            "needs": [f.to_dict() for f in self.needs],
+            "memory": [plan.to_dict() for plan in self.plans],
+        }
+
+
+def diagnose(
+    path: Path | None = None, config: PipelineConfig | None = None, patience_s: float = PATIENCE_S
+) -> Diagnosis:
+    """Look at the machine, and at what ``config``, read from ``path``, needs of it. The machine takes ``patience_s`` at
+    the most, and every need twice that, since it may have to import transformers."""
+    said = once(partial(ask_torch, patience_s * 0.9))
+    machine = examine(
+        machine_probes(said) | {f"sandbox {c.type}": partial(_sandbox, c) for c in _SANDBOXES}, patience_s
+    )
+    if path is None or config is None:
+        return Diagnosis(machine=machine)
+    plans: list[Plan] = []
+    needs: list[Finding] = []
+    for name, asked in _needs(path, config, said, plans).items():  # in turn: transformers is no import for two threads
+        needs += examine({name: asked}, 2 * patience_s)
+    return Diagnosis(machine=machine, config=path, needs=needs, plans=plans, on_gpu=bool(gpus_of(said())))
+
+
+_SANDBOXES = (MontyConfig(), BubblewrapConfig(), DockerConfig())
+
+
+def _sandbox(config: MontyConfig | BubblewrapConfig | DockerConfig) -> Finding:
+    there = {
+        "monty": "answers",
+        "bubblewrap": "makes its namespaces",
+        "docker": "answers and has the image posttrain-base",
+    }
+    return _asked(f"sandbox {config.type}", partial(probe, config), there[config.type], f"sandbox.type {config.type}: ")
+
+
+def _asked(name: str, question: Any, there: str, said_anyway: str) -> Finding:
+    """What a check that raises ConfigError says: before the semicolon what is wrong, after it the cure."""
+    try:
+        question()
+    except ConfigError as error:
+        found, _, cure = str(error).removeprefix(said_anyway).partition("; ")
+        return Finding(name=name, state="missing", found=found, cure=cure)
+    return Finding(name=name, state="ok", found=there)
+
+
+def _needs(path: Path, config: PipelineConfig, said: Any, plans: list[Plan]) -> dict[str, Probe]:
+    alone = config.model_copy(update={"worlds": {}})
+    probes: dict[str, Probe] = {
+        "model": partial(_asked, "model", partial(preflight, path, alone), config.model.type, f"{path}: "),
+        "engine": partial(_engine, config.engine),
+        "precision": partial(_precision, config, said),
+    }
+    for name, world in config.worlds.items():
+        sandbox = getattr(world, "sandbox", None)
+        if sandbox is not None:
+            key, question = f"worlds.{name}.sandbox", partial(preflight_worlds, path, {name: world})
+            probes[key] = partial(_asked, key, question, sandbox.type, f"{path}: {key}: ")
+    return {**probes, "memory estimate": partial(_memory, config, said, plans)}
+
+
+def _engine(config: Any) -> Finding:
+    """The engine that the config names."""
+    if config.type == "local":
+        return Finding(name="engine", state="ok", found="local, on this machine's CPU")
+    if config.type == "vllm":
+        found = vllm()
+        return Finding(name="engine", state=found.state, found=f"vllm: {found.found}", cure=found.cure)
+    return Finding(name="engine", state="limited", found=f"{config.type}: not looked for", cure="start it and see")
+
+
+def _precision(config: PipelineConfig, said: Any) -> Finding:
+    trainers = {f"experts.{name}": c.trainer for name, c in config.experts.items()} | {"fusion": config.fusion.trainer}
+    half = [key for key, trainer in trainers.items() if trainer.mixed_precision == "bf16"]
+    answer = said()
+    if half and not answer.get("bf16"):
+        cure = f"a GPU that has bf16; a CPU emulates it, slowly: set {half[0]}.trainer.mixed_precision to no"
+        return Finding(name="precision", state="limited", found="bf16, which no GPU here computes in", cure=cure)
+    where = "GPU" if gpus_of(answer) else "CPU"
+    return Finding(name="precision", state="ok", found=f"{'bf16' if half else 'float32'}, trained on the {where}")
+
+
+def _memory(config: PipelineConfig, said: Any, plans: list[Plan]) -> Finding:
+    """Fills ``plans``."""
+    from fusion.memory import NoEstimate, largest, problems, room_here
+    from fusion.memory import plans as made
+
+    try:
+        plans += made(config)
+    except (NoEstimate, ConfigError, ValueError) as error:  # what is wrong with the model is said under that name
+        return Finding(name="memory estimate", state="limited", found=f"no estimate: {error}", cure="")
+    gpu = min((g.bytes for g in gpus_of(said())), default=None)
+    room = room_here(gpu)
+    plan = largest(plans, room)
+    told = list(dict.fromkeys(text for p in plans for text in problems(p, room)))
+    if told:
+        found, _, cure = problems(plan, room)[0].partition(": ")
+        return Finding(name="memory estimate", state="missing", found=found, cure=cure)
+    return Finding(name="memory estimate", state="ok", found=f"{plan.stage} needs most: {plan.text(gpu is not None)}")
+
+
+def table(found: Diagnosis) -> Table:
+    """For a terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    colours = {"ok": "green", "limited": "yellow", "missing": "red"}
+    out = Table("what", "state", "found", "cure")
+    for part in (found.machine, found.needs):
+        for f in part:
+            out.add_row(f.name, f"[{colours[f.state]}]{f.state}[/]", escape(f.found), escape(f.cure))
+        out.add_section()
+    return out
+
+
+def lines(found: Diagnosis) -> list[str]:
+    """For a file or a pipe: one a finding."""
+    return [
+        f"{f.name}: {f.state}: {f.found}" + (f" -> {f.cure}" if f.cure else "") for f in (*found.machine, *found.needs)
+    ]
+
+
+def verdict(found: Diagnosis) -> str:
+    """The last line."""
+    if found.config is None:
+        return "for what a config needs of this: posttrain doctor CONFIG"
+    lacking = ", ".join(f.name for f in (*found.machine, *found.needs) if f in found.needs and f.state == "missing")
+    if found.runs:
+        return f"{found.config}: can run here"
+    return f"{found.config}: cannot run here, for want of {lacking or 'Python or torch'}"
+
+
+def memory_lines(plans: list[Plan], on_gpu: bool) -> list[str]:
+    """A line a stage."""
+    from fusion.memory import gib
+
+    return [f"{p.stage}: {gib(sum(p.needs(on_gpu)))}: {p.text(on_gpu)}" for p in plans]
+
+
+__all__ = ["Diagnosis", "diagnose", "lines", "memory_lines", "table", "verdict"]

@@ -1,0 +1,204 @@
+"""What the stages of a run will take of memory, and what to lower where that is more than there is.
+
+Experts, general RL and fusion: trainer, engine, teachers, and the weights that travel. The cold start: its processes,
+at the longest conversations that the engine may hold; without activations where it computes them twice. The conversion
+and a model that plays users are not counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experts.config import ColdStartConfig, ExpertConfig
+from fusion.config import FusionConfig, PipelineConfig, domains_of
+from posttrain import memory
+from posttrain.activations import NoEstimate
+from posttrain.machine import memory_here, shared_free
+from posttrain.objective_settings import ClippedLoss
+from posttrain.settings import TrainerConfig
+
+log = logging.getLogger(__name__)
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One stage. Bytes by part."""
+
+    stage: str
+    """Its key in the config."""
+    trainer: Mapping[str, int]
+    """On the GPU if there is one."""
+    host: Mapping[str, int]
+    """Never there."""
+    shared: int = 0
+    """Of ``host``, what lies in /dev/shm."""
+    keys: Mapping[str, str]
+    """Part to what lowers it."""
+    note: str = ""
+    """What is not in it."""
+
+    def needs(self, on_gpu: bool) -> tuple[int, int]:
+        """Bytes of the GPU and of the machine."""
+        trainer, host = sum(self.trainer.values()), sum(self.host.values())
+        return (trainer, host) if on_gpu else (0, trainer + host)
+
+    def text(self, on_gpu: bool) -> str:
+        """One line: where how much goes."""
+        where = "on the GPU" if on_gpu else "on the CPU"
+        parts = [f"{name} {gib(size)}" for name, size in self.host.items()]
+        trainer = ", ".join(f"{name} {gib(size)}" for name, size in self.trainer.items())
+        note = f"; {self.note}" if self.note else ""
+        return f"trainer {where} {gib(sum(self.trainer.values()))} ({trainer}), {', '.join(parts)}{note}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        parts = {"trainer": dict(self.trainer), "host": dict(self.host)}
+        return {"stage": self.stage, **parts, "shared": self.shared, "note": self.note}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What there is, in bytes."""
+
+    host: int
+    gpu: int | None = None
+    """Of the smallest one; None: no GPU."""
+    shared: int | None = None
+    """In /dev/shm; None: the system has none."""
+
+
+def plans(config: PipelineConfig) -> list[Plan]:
+    """Every stage of training. Raises NoEstimate."""
+    found = [_cold_start(config, config.cold_start)] if config.cold_start is not None else []
+    found += [_learner(config, f"experts.{name}", c, 0) for name, c in config.experts.items()]
+    found.append(_learner(config, "fusion", config.fusion, len(domains_of(config))))
+    if config.general is not None:
+        found.append(_learner(config, "general", config.general, 0))
+    return found
+
+
+def _cold_start(config: PipelineConfig, c: ColdStartConfig) -> Plan:
+    tokens = c.batch_size // c.micro_batches * _longest(config)
+    trainer = TrainerConfig(optimizer=c.optimizer, tokens_per_micro_batch=tokens)
+    one = memory.trainer_memory(config.model, trainer, ClippedLoss(), _longest(config))
+    if c.gradient_checkpointing:
+        one["activations"] = 0
+    if c.processes > 1:
+        one["gradients"] *= 2  # and the buckets in which they are summed
+    return Plan(
+        stage="cold_start",
+        trainer={part: c.processes * size for part, size in one.items()},
+        host={"programs": (1 + c.processes) * memory.TRAINING_PROGRAM},
+        keys={
+            "activations": "cold_start.micro_batches (raise it)",
+            "log-probs": "cold_start.micro_batches (raise it)",
+            "optimizer": "cold_start.processes",
+            "gradients": "cold_start.processes",
+            "weights": "cold_start.processes",
+        },
+        note="activations are not counted" if c.gradient_checkpointing else "",
+    )
+
+
+def _learner(config: PipelineConfig, stage: str, c: ExpertConfig | FusionConfig, teachers: int) -> Plan:
+    trainer = memory.trainer_memory(config.model, c.trainer, c.loss, _longest(config))
+    versions = c.loop.max_staleness + 1 if c.loop.versions == "pinned" else 1
+    host, shared, note = {"programs": memory.TRAINING_PROGRAM + memory.ENGINE_PROGRAM}, 0, ""
+    try:
+        engine = memory.engine_memory(config.model, config.engine, versions)
+        shared = memory.weight_bytes(config.model)
+        host |= {f"engine's {part}": size for part, size in engine.items()} | {"published": shared}
+    except NoEstimate as error:
+        note = f"engine: no estimate is made here ({error})"
+    if teachers:
+        host |= memory.teacher_memory(config.model, teachers)
+    batch, adapters = f"{stage}.trainer.tokens_per_micro_batch", f"{stage}.trainer.lora (set it)"
+    return Plan(
+        stage=stage,
+        trainer=trainer,
+        host=host,
+        shared=shared,
+        keys={
+            "activations": batch,
+            "log-probs": batch,
+            "gradients": adapters,
+            "optimizer": adapters,
+            "reference": f"{stage}.loss.kl (0)",
+            "engine's weights": f"{stage}.loop.max_staleness" if versions > 1 else "",
+            "engine's cache": "engine.slots",
+            "engine's choices": "engine.slots",
+            "engine's prefill": "engine.max_context",
+            "weights": "model (a smaller one)",
+            "teachers": "experts (fewer)",
+        },
+        note=note,
+    )
+
+
+def _longest(config: PipelineConfig) -> int:
+    return getattr(config.engine, "max_context", 0) or 1
+
+
+def room_here(gpu: int | None) -> Room:
+    """Of this machine, whose smallest GPU has so many bytes."""
+    return Room(host=memory_here()[0], gpu=gpu, shared=shared_free())
+
+
+def largest(found: Sequence[Plan], room: Room) -> Plan:
+    """The stage that fills most of the machine."""
+    return max(found, key=lambda plan: max(share for share, _ in _shares(plan, room)))
+
+
+def problems(plan: Plan, room: Room) -> list[str]:
+    """What does not fit, with the keys to lower, the largest part first."""
+    return [text for share, text in _shares(plan, room) if share > 1]
+
+
+def _shares(plan: Plan, room: Room) -> list[tuple[float, str]]:
+    gpu, host = plan.needs(room.gpu is not None)
+    there = plan.host if room.gpu is not None else {**plan.trainer, **plan.host}
+    found = [(host / room.host, _too_much(plan, there, "memory", host, room.host))]
+    if room.gpu is not None:
+        found.append((gpu / room.gpu, _too_much(plan, plan.trainer, "the GPU's memory", gpu, room.gpu)))
+    if room.shared is not None and plan.shared:
+        cure = "enlarge it: mount -o remount,size=, or docker run --shm-size="
+        text = f"{plan.stage} needs {gib(plan.shared)} of /dev/shm, and {gib(room.shared)} are free: {cure}"
+        found.append((plan.shared / max(room.shared, 1), text))
+    return found
+
+
+def _too_much(plan: Plan, parts: Mapping[str, int], what: str, need: int, there: int) -> str:
+    order = sorted((part for part in parts if plan.keys.get(part)), key=lambda part: -parts[part])
+    keys = list(dict.fromkeys(plan.keys[part] for part in order if parts[part] > 0.05 * need))
+    return f"{plan.stage} needs about {gib(need)} of {what}, and there are {gib(there)}: lower {', '.join(keys[:4])}"
+
+
+def gib(size: int) -> str:
+    """``1.25 GiB``, or MiB below a tenth of one."""
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.0f} MiB"
+
+
+def foretell(config: PipelineConfig) -> None:
+    """Log one line on the stage that needs most, and a warning for what does not fit."""
+    import torch
+
+    count = torch.cuda.device_count()
+    gpu = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=None)
+    room = room_here(gpu)
+    try:
+        found = plans(config)
+    except NoEstimate as error:
+        log.info("memory: no estimate: %s", error)
+        return
+    plan = largest(found, room)
+    log.info("memory: %s needs most, by estimate: %s", plan.stage, plan.text(gpu is not None))
+    for text in dict.fromkeys(problem for plan in found for problem in problems(plan, room)):
+        log.warning("memory: by estimate %s", text)
+
+
+__all__ = ["Plan", "Room", "foretell", "gib", "largest", "plans", "problems", "room_here"]

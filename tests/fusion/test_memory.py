@@ -1,0 +1,69 @@
+"""What stages need together, what does not fit and which keys lower it, and the line that a run logs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from fusion import memory
+from fusion.config import PipelineConfig
+from fusion.memory import Room, plans, problems
+from posttrain.config import load
+from posttrain.machine import memory_here
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+
+def config(*overrides: str) -> PipelineConfig:
+    return load(PipelineConfig, ROOT / "configs/tiny/pipeline.yaml", list(overrides))
+
+
+def test_every_stage_of_training_has_a_plan() -> None:
+    names = [plan.stage for plan in plans(config())]
+    assert names == ["cold_start", "experts.agent", "experts.reasoning", "experts.interaction", "fusion"]
+
+
+def test_pinned_versions_are_all_resident() -> None:
+    inflight, pinned = config(), config("experts.agent.loop.versions=pinned", "experts.agent.loop.max_staleness=3")
+    one, four = (next(p for p in plans(c) if p.stage == "experts.agent") for c in (inflight, pinned))
+    assert four.host["engine's weights"] == 4 * one.host["engine's weights"] == 4 * one.trainer["weights"]
+    assert one.shared == one.trainer["weights"]
+
+
+def test_fusion_has_its_teachers() -> None:
+    fusion = plans(config())[-1]
+    assert fusion.host["teachers"] == 3 * fusion.trainer["weights"]
+    assert fusion.host["teachers' logits"] == 4 * 2 * 8192 * 680
+
+
+def test_what_does_not_fit_is_named_with_its_keys() -> None:
+    agent = plans(config("experts.agent.trainer.tokens_per_micro_batch=4000000", "engine.slots=4096"))[1]
+    [told] = problems(agent, Room(host=8 * GIB))
+    assert told.startswith("experts.agent needs about ") and "there are 8.00 GiB: lower " in told
+    first, *rest = told.rpartition("lower ")[2].split(", ")
+    assert first == "experts.agent.trainer.tokens_per_micro_batch" and rest == []
+    # On a GPU the trainer is not the machine's, and the machine is told of the engine's slots.
+    told = problems(agent, Room(host=2 * GIB, gpu=80 * GIB))
+    assert [" of memory," in t or " of the GPU's memory," in t for t in told] == [True, True]
+    assert "engine.slots" in told[0] and "tokens_per_micro_batch" not in told[0]
+    assert "tokens_per_micro_batch" in told[1] and "engine.slots" not in told[1]
+    assert problems(agent, Room(host=4096 * GIB)) == []
+    assert "/dev/shm" in problems(agent, Room(host=4096 * GIB, shared=1 << 20))[0]
+
+
+def test_a_run_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fusion.memory"):
+        memory.foretell(config())
+    [record] = caplog.records
+    assert record.levelno == logging.INFO and "memory: cold_start needs most" in record.getMessage()
+
+
+def test_a_run_that_will_not_fit_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tokens = memory_here()[0] // 1000  # each takes far more than a kilobyte
+    with caplog.at_level(logging.INFO, logger="fusion.memory"):
+        memory.foretell(config(f"fusion.trainer.tokens_per_micro_batch={tokens}"))
+    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(told) == 1 and "fusion.trainer.tokens_per_micro_batch" in told[0]

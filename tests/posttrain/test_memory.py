@@ -1,0 +1,171 @@
+"""Memory estimates against bytes worked out by hand, real models, optimizers and caches, and what autograd keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from posttrain import memory
+from posttrain.activations import NoEstimate, kept_per_token
+from posttrain.config import Config
+from posttrain.engine.cache import SlotCache
+from posttrain.model import Longcat2Config, Longcat2ForCausalLM
+from posttrain.model.describe import count
+from posttrain.objective_settings import ClippedLoss, DistillLoss
+from posttrain.settings import LocalEngineConfig, Longcat2Model, LoraConfig, MuonConfig, PretrainedModel, TrainerConfig
+from posttrain.trainer import Trainer
+from tests.model.longcat2_tiny import LSA, MTP, NGRAM, SHAPE
+from tests.posttrain.small import sample
+
+VOCABULARY, HIDDEN, INNER, HEADS, PAIRS, SIZE = 128, 32, 48, 4, 2, 8
+QWEN: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 1,
+    "num_attention_heads": HEADS, "num_key_value_heads": PAIRS, "head_dim": SIZE, "tie_word_embeddings": False,
+}  # fmt: skip
+# By hand: q 32 x 32, k and v 16 x 32 each, o 32 x 32; three maps 32 x 48; norms: two of 32, two of 8, the last of 32.
+MATRICES = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48
+TABLES, NORMS = 2 * 128 * 32, 2 * 32 + 2 * 8 + 32
+PARAMETERS = MATRICES + TABLES + NORMS
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> PretrainedModel:
+    Qwen3Config(**QWEN).save_pretrained(tmp_path)
+    return PretrainedModel(path=tmp_path)
+
+
+def parts(spec: Any, loss: Any = None, longest: int = 16, **trainer: Any) -> dict[str, int]:
+    return memory.trainer_memory(spec, TrainerConfig(**trainer), loss or ClippedLoss(), longest)
+
+
+def test_a_trainer_by_hand(qwen: PretrainedModel) -> None:
+    assert memory.weight_bytes(qwen) == 4 * PARAMETERS == 4 * 15_984
+    found = parts(qwen, tokens_per_micro_batch=64)
+    assert found["weights"] == found["gradients"] == 4 * PARAMETERS
+    assert found["optimizer"] == 8 * PARAMETERS
+    assert "reference" not in found and parts(qwen, ClippedLoss(kl=0.1))["reference"] == 4 * PARAMETERS
+    # Norms: given and normed 32 each, and what they return: two of a layer, one at the end. Queries 32 and keys 16 are
+    # normed too. Attention: q 32, k and v 16 each, out 32. SwiGLU: four of 48.
+    assert found["activations"] == 64 * 4 * (3 * 96 + 2 * 48 + 2 * 32 + 2 * 16 + 4 * 48)
+    # Five states a token; logits of a chunk (all 64 tokens fit) and their gradient; one gradient of the head.
+    assert found["log-probs"] == 4 * (5 * 64 * 32 + 2 * 64 * 128 + 128 * 32)
+    assert parts(qwen, longest=100, tokens_per_micro_batch=64)["activations"] == found["activations"] * 100 // 64
+
+
+def test_muon_holds_one_moment_of_the_matrices(qwen: PretrainedModel) -> None:
+    assert parts(qwen, optimizer=MuonConfig())["optimizer"] == 4 * MATRICES + 8 * (TABLES + NORMS)
+
+
+def test_adapters_alone_have_gradients(qwen: PretrainedModel) -> None:
+    found = parts(qwen, ClippedLoss(kl=0.1), lora=LoraConfig(rank=2), tokens_per_micro_batch=16)
+    # Rank times inputs and outputs of q, k, v, o, gate, up, down.
+    adapters = 2 * (64 + 2 * 48 + 64 + 3 * 80)
+    assert found["adapters"] == found["gradients"] == 4 * adapters and found["optimizer"] == 8 * adapters
+    assert "reference" not in found  # the base is there anyway
+    few = parts(qwen, lora=LoraConfig(rank=2, targets=["q_proj"]), tokens_per_micro_batch=1, longest=1)
+    assert few["gradients"] == 4 * 2 * 64
+    step = found["activations"] + found["log-probs"]
+    assert found.get("merged adapters", 0) == max(0, 4 * MATRICES - step)
+
+
+def test_what_is_frozen_has_no_gradient(qwen: PretrainedModel) -> None:
+    assert parts(qwen, freeze=["embed_tokens"])["gradients"] == 4 * (PARAMETERS - 128 * 32)
+
+
+def test_a_distilled_student_needs_no_reference(qwen: PretrainedModel) -> None:
+    assert "reference" not in parts(qwen, DistillLoss())
+
+
+def test_an_engine_by_hand(qwen: PretrainedModel) -> None:
+    config = LocalEngineConfig(slots=3, max_context=20)
+    found = memory.engine_memory(qwen, config, versions=3)
+    assert found["weights"] == 3 * 4 * PARAMETERS
+    assert found["cache"] == 3 * 21 * 1 * 2 * PAIRS * SIZE * 4
+    # 60 tokens at once: logits, some states, a mask of values and bools.
+    assert found["prefill"] == 4 * (60 * 128 + 60 * (4 * 32 + 3 * 48)) + 5 * 60 * 20
+
+
+class OtherEngine(Config):
+    type: str = "other"
+
+
+def test_another_engine_has_no_estimate(qwen: PretrainedModel) -> None:
+    with pytest.raises(NoEstimate, match="other"):
+        memory.engine_memory(qwen, OtherEngine(), 1)
+
+
+@pytest.mark.parametrize("extra", [{}, NGRAM, LSA, MTP, {**NGRAM, **LSA, **MTP}])
+def test_longcat_as_described(extra: dict[str, Any]) -> None:
+    shape = {k: v for k, v in {**SHAPE, **extra}.items() if k != "vocab_size"}
+    n = count(Longcat2Config(**shape, vocab_size=128))
+    routers = 2 * 9  # biases, which are buffers
+    weights = memory.weight_bytes(Longcat2Model(settings=shape, vocab_size=128))
+    assert weights == 4 * (n.total + n.draft - routers)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_and_optimizer_of_a_real_trainer(optimizer: Any) -> None:
+    shape = {k: v for k, v in {**SHAPE, **NGRAM}.items() if k != "vocab_size"}
+    config = TrainerConfig(optimizer={"type": optimizer})  # pyright: ignore[reportArgumentType]
+    trainer = Trainer(Longcat2ForCausalLM(Longcat2Config(**shape, vocab_size=128)), config, ClippedLoss(), 2)
+    trainer.step([sample("s/0/0"), sample("s/0/1", advantage=-1.0, seed=1)], 2)
+    states = [t for state in trainer.optimizer.state.values() for t in state.values() if t.ndim]
+    found = memory.trainer_memory(Longcat2Model(settings=shape, vocab_size=128), config, ClippedLoss(), 8)
+    assert found["optimizer"] == sum(4 * t.numel() for t in states)
+    trained = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert found["gradients"] == sum(4 * p.numel() for p in trained)
+
+
+@pytest.mark.parametrize("extra", [{}, NGRAM, LSA])
+def test_the_cache_of_a_real_engine(extra: dict[str, Any]) -> None:
+    config = Longcat2Config(**{**SHAPE, **extra})
+    cache = SlotCache(3, 20)
+    cache.place(torch.arange(3), torch.arange(2).expand(3, 2), 2, True)
+    mask = torch.zeros(3, 1, 2, 2)
+    with torch.no_grad():
+        Longcat2ForCausalLM(config).eval()(
+            input_ids=torch.ones(3, 2, dtype=torch.long), attention_mask=mask,
+            position_ids=torch.arange(2).expand(3, 2), past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+    buffers = [t for layer in cache.layers for name in ("keys", "values") if (t := getattr(layer, name)) is not None]
+    real = sum(t.numel() * t.element_size() for t in buffers)
+    estimate = memory.cache_bytes(config, LocalEngineConfig(slots=3, max_context=20))
+    assert estimate == real
+
+
+def kept(model: torch.nn.Module, ids: torch.Tensor, half: bool) -> int:
+    """Bytes that autograd keeps of a forward, weights and their copies apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {tuple(s) for p in model.parameters() for s in (p.shape, p.shape[::-1])}
+    seen: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own and tuple(tensor.shape) not in shapes:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+    ):
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "longcat2"])
+def test_what_autograd_keeps(kind: str, half: bool) -> None:
+    torch.manual_seed(0)
+    if kind == "qwen3":
+        config: Any = Qwen3Config(**{**QWEN, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3})
+        model = AutoModelForCausalLM.from_config(config).train()
+    else:
+        config = Longcat2Config(**{**SHAPE, "num_layers": 3, "vocab_size": 128})
+        model = Longcat2ForCausalLM(config).train()
+    ids = torch.randint(3, 100, (4, 96))
+    ratio = ids.numel() * kept_per_token(config, 2 if half else 4, 96) / kept(model, ids, half)
+    assert 0.8 < ratio < 1.2
