@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.activations import FLOAT, NoEstimate, kept_per_token
 from posttrain.objective_settings import DistillLoss, LossConfig
-from posttrain.settings import LocalEngineConfig, ModelConfig, MuonConfig, TrainerConfig
+from posttrain.settings import LocalEngineConfig, ModelConfig, MuonConfig, PretrainedModel, TrainerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
