@@ -124,7 +124,7 @@ def engine_memory(spec: ModelConfig, config: Any, versions: int) -> dict[str, in
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     mask = tokens * config.max_context  # a value and a bool each
     logits = tokens * text.vocab_size  # a prefill has those of every position
-    parts["prefill"] = FLOAT * (logits + tokens * (4 * text.hidden_size + 3 * inner) + mask) + mask
+    parts["prefill"] = FLOAT * (logits + tokens * (4 * text.hidden_size + 2 * inner) + mask) + mask
     return parts
 
 

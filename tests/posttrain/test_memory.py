@@ -86,7 +86,7 @@ def test_an_engine_by_hand(qwen: PretrainedModel) -> None:
     assert found["weights"] == 3 * 4 * PARAMETERS
     assert found["cache"] == 3 * 21 * 1 * 2 * PAIRS * SIZE * 4
     # 60 tokens at once: logits, some states, a mask of values and bools.
-    assert found["prefill"] == 4 * (60 * 128 + 60 * (4 * 32 + 3 * 48)) + 5 * 60 * 20
+    assert found["prefill"] == 4 * (60 * 128 + 60 * (4 * 32 + 2 * 48)) + 5 * 60 * 20
 
 
 class OtherEngine(Config):
