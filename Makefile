@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on this machine, some minutes, no GPU: the table, and a report to open
 # make test   lint, types and tests
-# make smoke  the pipeline shortened to some minutes; make smoke-docker: with the code world in containers
+# make smoke  the pipeline shortened to some minutes; make smoke-docker: with the code world in containers;
+#             make smoke-vllm: sampled by vLLM, which it installs
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test smoke smoke-docker
+.PHONY: demo test smoke smoke-docker smoke-vllm
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -19,6 +20,10 @@ smoke: $(VENV)/installed
 
 smoke-docker: $(VENV)/installed
 	$(BIN)/posttrain run configs/tiny/docker.yaml --out runs/smoke-docker
+
+smoke-vllm: $(VENV)/installed
+	scripts/install-vllm.sh
+	$(BIN)/posttrain run configs/tiny/vllm.yaml --out runs/smoke-vllm
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check

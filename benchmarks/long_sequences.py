@@ -102,8 +102,15 @@ def memory(tokens: int, plain_tokens: int, console: Console) -> bool:
     return good
 
 
-def train(console: Console) -> None:
-    """Steps of the trainer on the GPU."""
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compiled": {"compile": True},
+    "shared prompts": {"share_prompts": True},
+}
+
+
+def train(console: Console, ways: list[str]) -> None:
+    """Steps of the trainer on the GPU, in each of ``ways``."""
     shape: dict[str, Any] = {
         "hidden_size": HIDDEN,
         "intermediate_size": 3072,
@@ -116,16 +123,14 @@ def train(console: Console) -> None:
     )  # fmt: skip
     name = torch.cuda.get_device_name()
     peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), float("nan"))
-    table = Table(
-        "prompt", "sampled", "rollouts", "prompts", "tokens/s", "sampled/s", "s a step", "MFU", "GiB", title=name
-    )
+    table = Table("prompt", "sampled", "rollouts", "way", "tokens/s", "sampled/s", "s a step", "MFU", "GiB", title=name)
     for prompt, sampled, rollouts in ((512, 1536, 64), (2048, 2048, 32), (2048, 14336, 8)):
-        for shares in (False, True):
+        for way in ways:
             torch.manual_seed(0)
             with torch.device("cuda"):
                 model = Qwen3ForCausalLM(config)
             settings = TrainerConfig(
-                mixed_precision="bf16", tokens_per_micro_batch=max(32768, prompt + sampled), share_prompts=shares
+                mixed_precision="bf16", tokens_per_micro_batch=max(32768, prompt + sampled), **WAYS[way]
             )
             trainer = Trainer(model, settings, DppoLoss(constant_length=sampled), 10)
             samples = [_sample(i, prompt, sampled) for i in range(rollouts)]
@@ -141,9 +146,10 @@ def train(console: Console) -> None:
             per_token = 6 * body + 6 * config.num_hidden_layers * config.num_attention_heads * 128 * length
             done = rollouts * length * per_token
             table.add_row(
-                str(prompt), str(sampled), str(rollouts), "once a group" if shares else "every row",
+                str(prompt), str(sampled), str(rollouts), way,
                 f"{rollouts * length / seconds:,.0f}", f"{rollouts * sampled / seconds:,.0f}", f"{seconds:.2f}",
-                "" if shares else f"{done / seconds / peak:.2f}", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}",
+                "" if "shared" in way else f"{done / seconds / peak:.2f}",
+                f"{torch.cuda.max_memory_allocated() / 2**30:.1f}",
             )  # fmt: skip
             del trainer, model
             torch.cuda.empty_cache()
@@ -169,12 +175,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--plain-tokens", type=int, help="of the plain form")
     parser.add_argument("--train", action="store_true", help="also steps of the trainer, on a GPU")
+    parser.add_argument("--ways", default=",".join(WAYS), help="of those steps")
     options = parser.parse_args()
     console = Console(width=140)
     fits = torch.cuda.is_available()
     good = memory(options.tokens, options.plain_tokens or (options.tokens if fits else options.tokens // 16), console)
     if options.train:
-        train(console)
+        train(console, options.ways.split(","))
     sys.exit(0 if good else 1)
 
 

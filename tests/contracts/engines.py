@@ -60,7 +60,7 @@ async def _drafting(folder: Path) -> Engine:
 
 def vllm_config(**changes: Any) -> VllmEngineConfig:
     """For a tiny model in float32 on one core."""
-    small: dict[str, Any] = {"slots": SLOTS, "max_context": MAX_CONTEXT, "threads": 1, "timeout_s": 120}
+    small: dict[str, Any] = {"slots": SLOTS, "max_context": MAX_CONTEXT, "threads": 1, "timeout_s": 300}
     small |= {"dtype": "float32", "kv_cache_gib": 0.0625, "eager": True}
     return VllmEngineConfig(**{"type": "vllm", "command": (str(VLLM),), **small, **changes})
 
