@@ -86,6 +86,7 @@ class Cell:
     """K of both asynchronous trainers."""
     stragglers: Literal["drain", "evict"]
     """What our loop does with a group that is nearly too old and still runs."""
+    compile: bool = False  # our trainer
 
     def wait_s(self, group: int, place: int | str) -> float:
         """Of an episode after its completion; another attempt has another place."""
@@ -181,9 +182,7 @@ async def ours(cell: Cell, out: Path) -> list[Step]:
     pace: dict[str, Any] = {"max_running": running, "max_staleness": ahead, "stragglers": cell.stragglers}
     loop_config = LoopConfig(steps=cell.steps, groups_per_step=cell.groups, group_size=cell.size, **pace)
     optimizer: Any = {"lr": RATE, "betas": BETAS, "warmup_steps": 0, "decay": False}
-    config = TrainerConfig(
-        **optimizer, threads=cell.threads, share_prompts=True, compile=bool(os.environ.get("COMPILE"))
-    )
+    config = TrainerConfig(**optimizer, threads=cell.threads, share_prompts=True, compile=cell.compile)
     loss = ClippedLoss(constant_length=cell.tokens)
     slots, context = 3 * cell.groups * cell.size, cell.prompt + cell.tokens
     engine = await LocalEngine.start(cell.model, slots=slots, max_context=context, threads=cell.threads)
@@ -362,6 +361,7 @@ def main() -> None:
     for name, default in (("groups", 8), ("size", 8), ("prompt", 16), ("tokens", 48), ("steps", 38), ("warmup", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--staleness", type=int, default=4, help="K of both asynchronous trainers")
+    parser.add_argument("--compile", action="store_true", help="our trainer, which takes some minutes before it starts")
     parser.add_argument("--stragglers", choices=("drain", "evict"), default="evict", help="of our loop")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each, in turn")
     parser.add_argument("--no-check", action="store_true", help="exit status 0 whatever the ratios")
@@ -391,9 +391,9 @@ def show(results: Mapping[tuple[str, str], Result], latencies: Sequence[str]) ->
         mine = max((OURS, OURS_SYNC), key=lambda t: results[latency, t].speed)
         ratio, bar = results[latency, mine].speed / results[latency, best].speed, BAR_WITH_LATENCY if peers[1:] else BAR
         missed |= ratio < bar
-        console.print(f"latency {latency}: {mine} / {best} = {ratio:.2f} (bar {bar:g})")
         batching = results[latency, mine].speed / results[latency, TRL_BATCHING].speed
-        console.print(f"latency {latency}: {mine} / {TRL_BATCHING} = {batching:.2f}")
+        text = f"{ratio:.2f} (bar {bar:g}), {mine} / {TRL_BATCHING} = {batching:.2f}"
+        console.print(f"latency {latency}: {mine} / {best} = {text}")
     return missed
 
 

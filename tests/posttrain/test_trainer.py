@@ -13,13 +13,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from posttrain import trainer as trainer_module
+from posttrain.errors import UserError
 from posttrain.objective import Loss, Tokens, loss
-from posttrain.settings import LoraConfig
+from posttrain.objective_settings import ClippedLoss
+from posttrain.settings import LoraConfig, TrainerConfig
 from posttrain.trainer import Trainer, save_state
 from posttrain.types import Sample
 from posttrain.weights import read_into, state_of
 from tests.model.longcat2_tiny import tiny, tokens
 from tests.posttrain.small import copies, differing, make_trainer, plain_logprobs, sample
+from tests.posttrain.tiny import make_model
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 SAMPLES = [sample(f"g/{i}", 6 + i, (-1.0) ** i, seed=i) for i in range(5)]
@@ -157,6 +160,31 @@ def test_the_rate_rises_then_falls_to_a_tenth() -> None:
     for _ in range(4):
         rates.append(trainer.step(SAMPLES[:1], 1)["lr"])
     assert rates == pytest.approx([0.5, 0.775, 0.55, 0.325, 0.1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_compiled_trainer_steps_as_a_plain_one(shares: bool) -> None:
+    """Two steps of other shapes, so that the second is not what was compiled first."""
+
+    def steps(compiled: bool) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        config = TrainerConfig(lr=1e-3, warmup_steps=0, decay=False, compile=compiled, share_prompts=shares)
+        trainer = Trainer(make_model("llama"), config, ClippedLoss(), 2)
+        stats = [trainer.step([s for s in SAMPLES if len(s.ids) < most], 5) for most in (1000, 8)]
+        state = {k: v.clone() for k, v in trainer.weights().items()}
+        trainer.close()
+        return stats, state
+
+    (plain, want), (compiled, got) = steps(False), steps(True)
+    for a, b in zip(plain, compiled, strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
+    assert all(torch.allclose(got[name], tensor, atol=1e-5) for name, tensor in want.items())
+    torch.compiler.reset()
+
+
+def test_a_model_that_chooses_as_it_goes_is_not_compiled() -> None:
+    with pytest.raises(UserError, match=r"trainer.compile: models of type longcat2"):
+        make_trainer(compile=True)
 
 
 # Weights out
