@@ -69,7 +69,12 @@ def trainer_memory(
     parts = {"weights": weights}
     if config.lora is None and not isinstance(loss, DistillLoss) and loss.kl:
         parts["reference"] = weights
-    activations = tokens * kept_per_token(model.config, width, longest)
+    kept = kept_per_token(model.config, width, longest)
+    if config.activations != "keep":
+        text = model.config.get_text_config()
+        layers = text.num_hidden_layers
+        kept = kept // layers + (layers * width * text.hidden_size if config.activations == "recompute" else 0)
+    activations = tokens * kept
     if width < FLOAT:
         activations += width * _linear_values(model)  # the copies that autocast makes
     vocabulary, hidden = _head_shape(model)

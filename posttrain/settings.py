@@ -196,6 +196,9 @@ class TrainerConfig(OptimizerSettings):
     """Forward what the rollouts of a group begin with once for all of them, where the model's only memory of a token is
     its keys and values. The gradient is the same up to rounding. Pays on a CPU; on a GPU only where prompts are as
     long as what is sampled or longer (``benchmarks/long_sequences.py``), since attention then needs a mask."""
+    activations: Literal["keep", "recompute", "offload"] = "keep"
+    """What the gradient needs of a forward is kept; or what enters a layer is, and the rest is computed again; or that
+    too is put into the host's memory meanwhile. For sequences that do not fit otherwise."""
     compile: bool = False
     """Fuse the model's operations (torch.compile, for any shapes). The first steps then take a minute or two; what it
     saves of every later one: ``benchmarks/long_sequences.py``. For models of transformers."""

@@ -88,6 +88,10 @@ class Trainer:
             )
             trained = peft.get_peft_model(model, spec)  # pyright: ignore[reportArgumentType]
         optimizer = make_optimizer(trained.named_parameters(), config)
+        if config.activations != "keep":
+            # On a CPU they are in the host's memory as it is, and torch refuses to pin it.
+            offload = config.activations == "offload" and self.accelerator.device.type != "cpu"
+            model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
         if config.compile:
             _compile(model)
         total = max(1, total_steps * config.updates_per_batch)

@@ -162,6 +162,22 @@ def test_the_rate_rises_then_falls_to_a_tenth() -> None:
     assert rates == pytest.approx([0.5, 0.775, 0.55, 0.325, 0.1])
 
 
+@pytest.mark.parametrize("kind", ["longcat2", "llama"])
+@pytest.mark.parametrize("activations", ["recompute", "offload"])
+def test_what_is_computed_again_gives_the_same_step(activations: Any, kind: str) -> None:
+    def stepped(how: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        config = TrainerConfig(lr=1e-3, warmup_steps=0, decay=False, activations=how)
+        trainer = Trainer(make_model(kind), config, ClippedLoss(), 1)
+        stats = trainer.step(SAMPLES, 5)
+        state = {k: v.clone() for k, v in trainer.weights().items()}
+        trainer.close()
+        return stats, state
+
+    (want, kept), (got, again) = stepped("keep"), stepped(activations)
+    assert got == pytest.approx(want, rel=1e-6)
+    assert all(torch.allclose(again[name], tensor, atol=1e-7) for name, tensor in kept.items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shares", [False, True])
 def test_a_compiled_trainer_steps_as_a_plain_one(shares: bool) -> None:
