@@ -20,7 +20,7 @@ import asyncio
 import itertools
 import json
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _STICKY = 64
 """Tokens at the beginning by which a request finds the replica that has seen them."""
+_TRIES = 3
+"""For a change of weights whose connection is lost though the server lives."""
 _SPILL = 8
 """More requests than another one's that a replica may have before it is too many."""
 
@@ -49,7 +51,7 @@ class _Replica:
     versions: dict[int, str]
     """Version to the folder it came from: what requests are sent here for. One, if weights are full."""
     adapters: set[int] = field(default_factory=set[int])
-    """Those of them that are adapters."""
+    """Those that it has as adapters."""
     full: int | None = 0
     """Version of the full weights; None: they are the base of adapters."""
     running: dict[str, int | None] = field(default_factory=dict[str, "int | None"])
@@ -89,12 +91,10 @@ class VllmEngine:
         in ``work``. Raises UserError if vLLM is not to be had and EngineError if a server does not come up."""
         engine = cls(config, model, work)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for replica in engine._replicas:
-                    tasks.create_task(engine._begin(replica))
-        except BaseException as error:
+            await _together(engine._begin(replica) for replica in engine._replicas)
+        except BaseException:
             await engine.close()
-            raise (error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error) from None
+            raise
         return engine
 
     async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
@@ -127,7 +127,10 @@ class VllmEngine:
         replica.running[name] = sampling.version
         body = {
             "request_id": name,
-            "model": f"v{version}" if replica.adapters and version in replica.adapters else NAME,
+            # Not by what the server has loaded: one that is starting anew must refuse, not answer as the base.
+            "model": NAME
+            if replica.full is not None or replica.versions[version] == str(self._model)
+            else f"v{version}",
             "token_ids": [*ids, *found.ids],
             "cache_salt": f"version {version if replica.full is None else replica.full}",
             "sampling_params": {
@@ -147,9 +150,10 @@ class VllmEngine:
             await self._revive(replica, life, error)
             return "abort"
         except Refused:
-            if version in replica.versions:
+            if replica.lives == life and not replica.reviving.locked() and version in replica.versions:
                 raise
-            return self._moved(sampling.version)  # its adapter went while it was on its way
+            async with replica.reviving:  # the adapter is not there yet
+                return self._moved(sampling.version)  # or went while this was on its way
         finally:
             del replica.running[name]
         return self._take(reply["choices"][0], sampling.version, version, found)
@@ -209,16 +213,14 @@ class VllmEngine:
                 await self._load_full(weights, kept)
 
     async def _load_adapter(self, weights: Weights, kept: Collection[int]) -> None:
-        version, base = weights.version, weights.where == str(self._model)
-        async with asyncio.TaskGroup() as tasks:
-            for replica in self._replicas:
-                tasks.create_task(self._with(replica, self._add_adapter, version, weights.where))
-        gone = {v: w for v, w in self._replicas[0].versions.items() if v not in kept and v != version}
+        version = weights.version
         for replica in self._replicas:
-            replica.versions = {v: w for v, w in replica.versions.items() if v in kept} | {version: weights.where}
-            replica.adapters = {v for v in replica.adapters if v in kept} | (set[int]() if base else {version})
+            replica.versions = {**replica.versions, version: weights.where}
+        await _together(self._with(replica, self._add_adapter, version, weights.where) for replica in self._replicas)
         self.newest = version
         for replica in self._replicas:
+            gone = [v for v in replica.versions if v not in kept and v != version]
+            replica.versions = {v: w for v, w in replica.versions.items() if v not in gone}
             await self._abort(replica, [n for n, pinned in replica.running.items() if pinned not in replica.versions])
             for old in gone:
                 await self._with(replica, self._remove_adapter, old)
@@ -233,9 +235,7 @@ class VllmEngine:
         for replica in targets:  # from here on nobody who is pinned is sent there
             replica.versions = {weights.version: weights.where}
         self.newest = weights.version
-        async with asyncio.TaskGroup() as tasks:
-            for replica in targets:
-                tasks.create_task(self._with(replica, self._switch, weights.version, weights.where))
+        await _together(self._with(r, self._switch, weights.version, weights.where) for r in targets)
         for replica in self._replicas:
             if replica not in targets:
                 await self._abort(replica, [n for n, pinned in replica.running.items() if pinned is None])
@@ -252,17 +252,18 @@ class VllmEngine:
         return found
 
     async def _with(self, replica: _Replica, what: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
-        """Do that to the replica; one that is dead starts anew, with all that it shall serve."""
-        life = replica.lives
-        try:
-            await what(replica, *args)
-        except ServerGone as error:
-            if what == self._add_adapter:
-                replica.versions, replica.adapters = (
-                    {**replica.versions, args[0]: args[1]},
-                    {*replica.adapters, args[0]},
-                )
-            await self._revive(replica, life, error)
+        """Do that to the replica. One that is dead starts anew, with all that it shall serve, and then it is done."""
+        last: ServerGone | None = None
+        for _ in range(_TRIES):
+            life = replica.lives
+            try:
+                return await what(replica, *args)
+            except ServerGone as error:
+                last = error
+                await self._revive(replica, life, error)
+                if replica.lives != life:
+                    return
+        raise EngineError(f"{last}; it says that it is well, but not so {_TRIES} times")
 
     async def _switch(self, replica: _Replica, version: int, folder: str) -> None:
         """Other full weights, between two tokens. Requests stay where they are, and what they have in the cache stays
@@ -280,10 +281,12 @@ class VllmEngine:
             again = version in replica.adapters
             body = {"lora_name": f"v{version}", "lora_path": folder, "load_inplace": again}
             await replica.server.post("/v1/load_lora_adapter", body)
+            replica.adapters.add(version)
 
     async def _remove_adapter(self, replica: _Replica, version: int) -> None:
-        with suppress(Refused):  # the base is none
+        if version in replica.adapters:  # the base is none
             await replica.server.post("/v1/unload_lora_adapter", {"lora_name": f"v{version}"})
+            replica.adapters.discard(version)
 
     async def _abort(self, replica: _Replica, names: Sequence[str]) -> None:
         if names:
@@ -296,6 +299,7 @@ class VllmEngine:
     async def _begin(self, replica: _Replica) -> None:
         """Start the server and bring it to the versions that it shall have."""
         await replica.server.start()
+        replica.adapters = set()
         for version, folder in replica.versions.items():
             if self.config.weights == "lora":
                 await self._add_adapter(replica, version, folder)
@@ -328,3 +332,13 @@ class VllmEngine:
         """See the protocol."""
         self._closed = True
         await asyncio.gather(*(r.server.close() for r in self._replicas))
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All of it; the first error as it is, when the others have been cancelled."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for part in work:
+                tasks.create_task(part)
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None

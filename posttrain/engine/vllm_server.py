@@ -180,7 +180,7 @@ def serve_arguments(config: VllmEngineConfig, model: Path, port: int) -> list[st
     if config.weights == "lora":
         most = ["--max-loras", str(config.max_loras), "--max-lora-rank", str(config.max_lora_rank)]
         # Without names the head may have one too, and then log-probs of a prompt end the server (0.32 on a CPU).
-        out += ["--enable-lora", *most, "--max-cpu-loras", str(config.max_loras)]
+        out += ["--enable-lora", *most, "--max-cpu-loras", str(config.max_loras + 1)]
         out += ["--lora-target-modules", *config.lora_targets]
     return [*out, *config.args]
 
