@@ -122,15 +122,15 @@ class VllmEngine:
     async def _advance(self, ids: Sequence[int], sampling: Sampling, most: int, found: _Partial) -> str:
         """One request, until it ends or is moved; adds its tokens to ``found``. Returns why it ended."""
         replica = self._route(ids, sampling.version)
+        if replica.reviving.locked():  # until it has its weights it would answer with those that it starts with
+            async with replica.reviving:
+                return self._moved(sampling.version)
         version = self.newest if sampling.version is None else sampling.version
         name, life = next(self._names), replica.lives
         replica.running[name] = sampling.version
         body = {
             "request_id": name,
-            # Not by what the server has loaded: one that is starting anew must refuse, not answer as the base.
-            "model": NAME
-            if replica.full is not None or replica.versions[version] == str(self._model)
-            else f"v{version}",
+            "model": f"v{version}" if version in replica.adapters else NAME,
             "token_ids": [*ids, *found.ids],
             "cache_salt": f"version {version if replica.full is None else replica.full}",
             "sampling_params": {
@@ -150,10 +150,9 @@ class VllmEngine:
             await self._revive(replica, life, error)
             return "abort"
         except Refused:
-            if replica.lives == life and not replica.reviving.locked() and version in replica.versions:
+            if version in replica.versions:
                 raise
-            async with replica.reviving:  # the adapter is not there yet
-                return self._moved(sampling.version)  # or went while this was on its way
+            return self._moved(sampling.version)  # its adapter went while this was on its way
         finally:
             del replica.running[name]
         return self._take(reply["choices"][0], sampling.version, version, found)
