@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Collection, Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import peft
 import pytest
@@ -17,10 +19,13 @@ from posttrain.engine.local import LocalEngine
 from posttrain.engine.vllm import VllmEngine
 from posttrain.protocols import Engine
 from posttrain.settings import LoraConfig, VllmEngineConfig
+from posttrain.trainer import Trainer
+from posttrain.types import Completion, Sampling, Weights
 from posttrain.weights import SHM, FolderOutlet, Outlet, SharedOutlet, SharedWeights, state_of
 from tests.model.longcat2_tiny import MTP
-from tests.posttrain.tiny import make_model
+from tests.posttrain.tiny import make_model, trainer_of
 
+T = TypeVar("T")
 SLOTS, MAX_CONTEXT = 8, 240
 VLLM = Path(".venv-vllm/bin/vllm").resolve()
 needs_vllm = [
@@ -135,3 +140,72 @@ def _with_adapter(seed: int) -> PreTrainedModel:
     merged: Any = copy.deepcopy(adapter).merge_and_unload()
     merged.adapter = adapter
     return merged.eval()
+
+
+@dataclass
+class Bench:
+    """An engine, and the weights that it has now."""
+
+    runner: asyncio.Runner
+    way: Way
+    engine: Engine
+    kind: str
+    folder: Path
+    model: PreTrainedModel
+    version: int = 0
+    work: itertools.count[int] = field(default_factory=itertools.count)
+    ready: dict[int, tuple[str, Callable[[], None]]] = field(default_factory=dict)
+    """Models that are published and not yet taken, by identity."""
+
+    def trainer(self) -> Trainer:
+        return trainer_of(self.model)
+
+    def run(self, *requests: tuple[tuple[int, ...], Sampling]) -> list[Completion]:
+        """All at once."""
+
+        async def together() -> list[Completion]:
+            return await asyncio.gather(*(self.engine.generate(ids, sampling) for ids, sampling in requests))
+
+        return self.runner.run(together())
+
+    def load(self, model: PreTrainedModel, where: str) -> None:
+        self.runner.run(self.engine.load(Weights(version=self.version + 1, where=where)))
+        self.model, self.version = model, self.version + 1
+
+    async def take(self, model: PreTrainedModel, keep: Collection[int] = ()) -> int:
+        """The same in the engine's own way, while others wait for it. Returns the version."""
+        where, forget = self.ready.pop(id(model), None) or self.way.publish(model, self.new_folder())
+        await self.engine.load(Weights(version=self.version + 1, where=where), keep)
+        forget()
+        self.model, self.version = model, self.version + 1
+        return self.version
+
+    def another(self) -> PreTrainedModel:
+        """A model that no version had."""
+        return model_of(self.kind, seed=self.version + 10)
+
+    def others(self, count: int) -> list[PreTrainedModel]:
+        """So many of them, published beforehand, since an engine goes on while a model is written."""
+        found = [model_of(self.kind, seed=self.version + 100 * (n + 1)) for n in range(count)]
+        self.ready |= {id(m): self.way.publish(m, self.new_folder()) for m in found}
+        return found
+
+    def new_folder(self) -> Path:
+        return self.folder / f"weights-{next(self.work)}"
+
+    def alone(self, model: PreTrainedModel, folder: Path, use: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """What ``use`` gives with an engine that never had another model than this; if even that is not exact, with
+        this engine when it has nothing else to do."""
+
+        async def scenario() -> T:
+            if not self.way.exact:
+                await self.take(model)
+                return await use(self.engine)
+            model.save_pretrained(folder)
+            engine = await self.way.start(folder)
+            try:
+                return await use(engine)
+            finally:
+                await engine.close()
+
+        return self.runner.run(scenario())

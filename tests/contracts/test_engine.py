@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
-from collections.abc import Callable, Collection, Coroutine, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from random import Random
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import scipy.stats
-from transformers import PreTrainedModel
 
 from posttrain.errors import EngineError
 from posttrain.objective_settings import ClippedLoss
@@ -23,74 +21,13 @@ from posttrain.protocols import Engine
 from posttrain.settings import LoraConfig, TrainerConfig
 from posttrain.trainer import Trainer
 from posttrain.types import Completion, Sampling, Weights
-from tests.contracts.engines import MAX_CONTEXT, SLOTS, WAYS, Way, model_of
+from tests.contracts.engines import MAX_CONTEXT, SLOTS, WAYS, Bench, model_of
 from tests.posttrain.tiny import VOCAB, all_logprobs, make_ids, next_logprobs, trainer_gap, trainer_of
 
 TOLERANCE = 1e-4
 
 T = TypeVar("T")
 Turn = tuple[tuple[int, ...], Completion]
-
-
-@dataclass
-class Bench:
-    """An engine, and the weights that it has now."""
-
-    runner: asyncio.Runner
-    way: Way
-    engine: Engine
-    kind: str
-    folder: Path
-    model: PreTrainedModel
-    version: int = 0
-    work: itertools.count[int] = field(default_factory=itertools.count)
-
-    def trainer(self) -> Trainer:
-        return trainer_of(self.model)
-
-    def run(self, *requests: tuple[tuple[int, ...], Sampling]) -> list[Completion]:
-        """All at once."""
-
-        async def together() -> list[Completion]:
-            return await asyncio.gather(*(self.engine.generate(ids, sampling) for ids, sampling in requests))
-
-        return self.runner.run(together())
-
-    def load(self, model: PreTrainedModel, where: str) -> None:
-        self.runner.run(self.engine.load(Weights(version=self.version + 1, where=where)))
-        self.model, self.version = model, self.version + 1
-
-    async def take(self, model: PreTrainedModel, keep: Collection[int] = ()) -> int:
-        """The same in the engine's own way, while others wait for it. Returns the version."""
-        where, forget = self.way.publish(model, self.new_folder())
-        await self.engine.load(Weights(version=self.version + 1, where=where), keep)
-        forget()
-        self.model, self.version = model, self.version + 1
-        return self.version
-
-    def another(self) -> PreTrainedModel:
-        """A model that no version had."""
-        return model_of(self.kind, seed=self.version + 10)
-
-    def new_folder(self) -> Path:
-        return self.folder / f"weights-{next(self.work)}"
-
-    def alone(self, model: PreTrainedModel, folder: Path, use: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
-        """What ``use`` gives with an engine that never had another model than this; if even that is not exact, with
-        this engine when it has nothing else to do."""
-
-        async def scenario() -> T:
-            if not self.way.exact:
-                await self.take(model)
-                return await use(self.engine)
-            model.save_pretrained(folder)
-            engine = await self.way.start(folder)
-            try:
-                return await use(engine)
-            finally:
-                await engine.close()
-
-        return self.runner.run(scenario())
 
 
 @pytest.fixture(
@@ -252,9 +189,10 @@ def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench) ->
     async def span() -> Completion:
         long = asyncio.create_task(bench.engine.generate(prompt, Sampling(max_tokens=200, seed=1)))
         await bench.engine.generate(prompt, Sampling(max_tokens=5, seed=2))  # now the long one is under way
-        await bench.take(bench.another())
+        await bench.take(new)
         return await long
 
+    (new,) = bench.others(1)
     old_trainer, completion = bench.trainer(), bench.runner.run(span())
     count = completion.versions.count(before)
     assert 5 <= count < 200
@@ -275,13 +213,13 @@ def test_a_pinned_request_is_bit_for_bit_that_of_an_engine_of_its_version(bench:
         crowd, under_way = list[asyncio.Task[Completion]](), list[bool]()
         for count in range(2):
             await bench.engine.generate(other, Sampling(max_tokens=10, seed=count, version=older))  # it is under way
-            await bench.take(bench.another(), keep=[older, version])
+            await bench.take(newer[count], keep=[older, version])
             crowd += [asyncio.create_task(bench.engine.generate(other, Sampling(max_tokens=40, seed=count)))]
             under_way.append(not task.done())
         assert all(under_way) if bench.way.exact else under_way[0]
         return await task, await asyncio.gather(*crowd)
 
-    model = model_of(bench.kind, seed=bench.version + 1000)
+    model, newer = model_of(bench.kind, seed=bench.version + 1000), bench.others(2)
     got, crowd = bench.runner.run(pinned())
     newest = bench.version
     want = bench.alone(model, tmp_path, lambda engine: engine.generate(prompt, sampling))
@@ -289,7 +227,7 @@ def test_a_pinned_request_is_bit_for_bit_that_of_an_engine_of_its_version(bench:
     assert got.logprobs == (want.logprobs if bench.way.exact else pytest.approx(want.logprobs, abs=TOLERANCE))
     assert got.versions == (newest - 2,) * 200
     assert trainer_gap(trainer_of(model), [(prompt, got)]) < TOLERANCE
-    assert crowd[0].versions[0] == newest - 1 and crowd[0].versions[-1] == newest
+    assert crowd[0].versions[0] == newest - 1 and (crowd[0].versions[-1] == newest or not bench.way.exact)
     assert crowd[1].versions == (newest,) * 40
 
 
@@ -336,12 +274,13 @@ def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: B
         pinned, free, first = ask(2, 200, kept), ask(2, 200, None), ask(1, 5, kept)
         doomed = ask(2 * SLOTS, 220, old)  # most of them wait for a slot
         await first[0]  # now the others are under way
-        await bench.take(bench.another(), keep=[kept])
+        await bench.take(coming, keep=[kept])
         async with asyncio.timeout(60):
             failures = await asyncio.gather(*doomed, return_exceptions=True)
-        assert not any(t.done() for t in pinned)
+        assert not (bench.way.exact and any(t.done() for t in pinned))
         return failures, await asyncio.gather(*pinned), await asyncio.gather(*free)
 
+    (coming,) = bench.others(1)
     failures, pinned, free = bench.runner.run(drop())
     old, kept, newest = (bench.version - n for n in (2, 1, 0))
     resident = rf"resident are {kept}, {newest} \(newest: {newest}\)"
