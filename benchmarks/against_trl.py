@@ -392,8 +392,8 @@ def show(results: Mapping[tuple[str, str], Result], latencies: Sequence[str]) ->
         ratio, bar = results[latency, mine].speed / results[latency, best].speed, BAR_WITH_LATENCY if peers[1:] else BAR
         missed |= ratio < bar
         batching = results[latency, mine].speed / results[latency, TRL_BATCHING].speed
-        text = f"{ratio:.2f} (bar {bar:g}), {mine} / {TRL_BATCHING} = {batching:.2f}"
-        console.print(f"latency {latency}: {mine} / {best} = {text}")
+        console.print(f"latency {latency}: {mine} / {best} = {ratio:.2f} (bar {bar:g})")
+        console.print(f"latency {latency}: {mine} / {TRL_BATCHING} = {batching:.2f}")
     return missed
 
 
