@@ -26,8 +26,8 @@ class ServedTeachers(Config):
 
     type: Literal["served"]
     engine: VllmEngineConfig
-    """weights folder: a server a teacher (``replicas`` is not used, ``devices`` has one entry a teacher). weights lora:
-    one server, whose base is the model that the experts started from and whose adapters they are."""
+    """weights folder: a server a teacher, so ``replicas`` is their number. weights lora: one server, whose base is the
+    model that the experts started from and whose adapters they are."""
 
 
 class FusionConfig(Config):
@@ -112,6 +112,11 @@ class PipelineConfig(Config):
             )
         served = self.fusion.teachers
         if isinstance(served, ServedTeachers):
+            if served.engine.servers:
+                raise ValueError("fusion.teachers.engine.servers: teachers have servers of their own; leave it out")
+            wanted = 1 if served.engine.weights == "lora" else len(self.experts)
+            if served.engine.replicas != wanted:
+                raise ValueError(f"fusion.teachers.engine.replicas: there is one server a teacher; set it to {wanted}")
             if self.model.type == "longcat2":
                 raise ValueError("fusion.teachers: vllm does not serve models of type longcat2; use type: model")
             for expert, spec in self.experts.items():
