@@ -114,6 +114,8 @@ class PipelineConfig(Config):
         if isinstance(served, ServedTeachers):
             if served.engine.servers:
                 raise ValueError("fusion.teachers.engine.servers: teachers have servers of their own; leave it out")
+            if served.engine.weights == "send":
+                raise ValueError("fusion.teachers.engine.weights: teachers never change; use folder or lora")
             wanted = 1 if served.engine.weights == "lora" else len(self.experts)
             if served.engine.replicas != wanted:
                 raise ValueError(f"fusion.teachers.engine.replicas: there is one server a teacher; set it to {wanted}")

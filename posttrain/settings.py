@@ -91,9 +91,10 @@ class VllmEngineConfig(Config):
     """CPU threads of a server on a CPU; null: on a GPU."""
     eager: bool = False
     """Without compilation and CUDA graphs: starts sooner, samples slower on a GPU."""
-    weights: Literal["folder", "lora"] = "folder"
-    """How new versions come: in full through a folder that the servers can read too, or as adapters, of which several
-    are served side by side (needs ``trainer.lora``)."""
+    weights: Literal["folder", "send", "lora"] = "folder"
+    """How new versions come. folder: in full, through a folder that the servers can read too. send: in full, from the
+    trainer's process, by NCCL if it and the servers have GPUs of their own, else by gloo. lora: as adapters, of which
+    several are served side by side (needs ``trainer.lora``)."""
     max_loras: Annotated[int, Field(gt=0)] = 4
     """Adapters served side by side."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 16

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from posttrain import determinism, objective
 from posttrain.batch import Batch, pack
@@ -257,6 +258,10 @@ class Trainer:
     def publish(self) -> Weights:
         """Put the weights where the engine can take them. The engine must have taken the last ones before."""
         return Weights(version=self.version, where=self._outlet.put(self))
+
+    def plain_weights(self) -> Mapping[str, Tensor]:
+        """The policy as ``save_policy`` would save it."""
+        return revert_weight_conversion(self.base, self.weights())
 
     def save_policy(self, folder: Path) -> None:
         """The policy as it is now in Hugging Face format, adapters added in; training can go on."""

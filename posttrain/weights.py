@@ -1,5 +1,5 @@
-"""How a policy's weights travel: through a shared-memory block on one machine, or through a folder that holds all of
-them or an adapter.
+"""How a policy's weights travel: through a shared-memory block on one machine, through a folder that holds all of them
+or an adapter, or held in this process for an engine that sends them itself.
 
 Of a block both sides derive the layout from the model itself (``state_dict`` order), so nothing but the bytes is sent.
 """
@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from posttrain.errors import UserError
 from posttrain.files import needs_room, new_folder, no_room, remove
 
-SHM = "shm:"
+SHM, HELD = "shm:", "held:"
 _ALIGN = 64
 
 
@@ -111,6 +111,10 @@ class Published(Protocol):
         """The policy's state dict as the engine's model has it."""
         ...
 
+    def plain_weights(self) -> Mapping[str, Tensor]:
+        """What ``save_policy`` would save: the names and shapes that other systems know."""
+        ...
+
     def save_policy(self, folder: Path) -> None:
         """The policy in Hugging Face format."""
         ...
@@ -178,6 +182,43 @@ class FolderOutlet:
         """See ``Outlet``."""
         for path in self._there:
             remove(path)
+        self._there = []
+
+
+class HeldOutlet:
+    """Copies in the host's memory, of the last ``last`` versions: a server that starts anew needs them again.
+
+    ``dtype``: what they are sent in, None for that of the weights."""
+
+    _held: ClassVar[dict[str, Mapping[str, Tensor]]] = {}
+
+    def __init__(self, *, last: int = 2, dtype: torch.dtype | None = None) -> None:
+        self._last, self._dtype = last, dtype
+        self._there: list[str] = []
+
+    def put(self, policy: Published) -> str:
+        """See ``Outlet``."""
+        where = f"{HELD}{id(self)}/{policy.version}"
+        self._held[where] = {k: self._copy(t) for k, t in policy.plain_weights().items()}
+        self._there = [*(w for w in self._there if w != where), where]
+        for old in self._there[: -self._last]:
+            del self._held[old]
+        self._there = self._there[-self._last :]
+        return where
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        dtype = self._dtype if tensor.is_floating_point() else None
+        return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True)
+
+    @classmethod
+    def held(cls, where: str) -> list[tuple[str, Tensor]]:
+        """What was put there. Raises KeyError if it is held no more."""
+        return list(cls._held[where].items())
+
+    def close(self) -> None:
+        """See ``Outlet``."""
+        for where in self._there:
+            del self._held[where]
         self._there = []
 
 

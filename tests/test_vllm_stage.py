@@ -45,9 +45,8 @@ def test_a_killed_server_is_replaced_and_nothing_is_lost_or_trained_twice(
     pace["versions"] = "inflight" if way == "in flight" else "pinned"
     lora = LoraConfig(rank=4) if "adapters" in way else None
     trainer = TrainerConfig(lr=1e-3, warmup_steps=0, decay=False, lora=lora)
-    engine = vllm_config(
-        max_context=128, weights="lora" if lora else "folder", replicas=2 if way == "pinned" else 1, max_loras=2
-    )
+    weights = {"in flight": "send", "pinned": "folder", "pinned adapters": "lora"}[way]
+    engine = vllm_config(max_context=128, weights=weights, replicas=2 if way == "pinned" else 1, max_loras=2)
     with caplog.at_level(logging.WARNING):
         run = train(tmp_path, "run", toy_stage(tmp_path, worlds, loop=pace, engine=engine, trainer=trainer))
     assert len(killed) == 2 and min(killed) > 0

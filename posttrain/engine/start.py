@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from posttrain.engine.local import LocalEngine
 from posttrain.engine.vllm import VllmEngine
 from posttrain.settings import EngineConfig, LocalEngineConfig, VllmEngineConfig
-from posttrain.weights import FolderOutlet, Outlet, SharedOutlet
+from posttrain.weights import FolderOutlet, HeldOutlet, Outlet, SharedOutlet
 
 
 async def start_engine(config: EngineConfig, folder: Path, work: Path) -> LocalEngine | VllmEngine:
@@ -34,4 +36,7 @@ def weights_outlet(config: EngineConfig, work: Path, versions: int) -> Outlet:
         case LocalEngineConfig():
             return SharedOutlet()
         case VllmEngineConfig():
+            if config.weights == "send":
+                dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+                return HeldOutlet(last=versions + 1, dtype=dtype)
             return FolderOutlet(work, last=versions + 1, adapters=config.weights == "lora")

@@ -21,17 +21,19 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.engine.speculative import DraftCounts
+from posttrain.engine.vllm_sender import Sender
 from posttrain.engine.vllm_server import NAME, Refused, Server, ServerGone
 from posttrain.errors import EngineError
 from posttrain.scheduler import partition
 from posttrain.settings import VllmEngineConfig
 from posttrain.types import Completion, Sampling, Weights
+from posttrain.weights import HELD
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +50,10 @@ class _Replica:
     """A server, what it serves and who waits for it."""
 
     server: Server
+    sender: Sender
+    """Of weights that this process holds."""
     versions: dict[int, str]
-    """Version to the folder it came from: what requests are sent here for. One, if weights are full."""
+    """Version to where it came from: what requests are sent here for. One, if weights are full."""
     adapters: set[int] = field(default_factory=set[int])
     """Those that it has as adapters."""
     full: int | None = 0
@@ -77,13 +81,13 @@ class VllmEngine:
         settings = json.loads((model / "config.json").read_text())
         self._vocabulary: int = settings["vocab_size"]
         self._names = (f"r{n}" for n in itertools.count())
-        self._loading = asyncio.Lock()
+        self._loading, self._sending = asyncio.Lock(), asyncio.Lock()
         self._model, self._closed = model, False
         self._lives = 0
         count = len(config.servers) or config.replicas
         servers = [Server(config, model, work / f"vllm-{n}.log", n) for n in range(count)]
         full = None if config.weights == "lora" else 0
-        self._replicas = [_Replica(server, {0: str(model)}, full=full) for server in servers]
+        self._replicas = [_Replica(s, Sender(s, work), {0: str(model)}, full=full) for s in servers]
 
     @classmethod
     async def start(cls, config: VllmEngineConfig, model: Path, work: Path) -> VllmEngine:
@@ -264,16 +268,22 @@ class VllmEngine:
                     return
         raise EngineError(f"{last}; it says that it is well, but not so {_TRIES} times")
 
-    async def _switch(self, replica: _Replica, version: int, folder: str) -> None:
+    async def _switch(self, replica: _Replica, version: int, where: str) -> None:
         """Other full weights, between two tokens. Requests stay where they are, and what they have in the cache stays
         too or is computed anew; those that are pinned must go."""
-        await self._abort(replica, [n for n, pinned in replica.running.items() if pinned is not None])
-        clear = "true" if self.config.on_swap == "recompute" else "false"
-        await replica.server.post(f"/pause?mode=keep&clear_cache={clear}")
-        await replica.server.post("/collective_rpc", {"method": "take_weights", "kwargs": {"folder": folder}})
-        await replica.server.post("/update_weight_version", {"new_version": str(version)})
-        replica.full = version
-        await replica.server.post("/resume")
+        held = where.startswith(HELD)
+        async with self._sending if held else nullcontext():  # one replica after another, none paused while it waits
+            await self._abort(replica, [n for n, pinned in replica.running.items() if pinned is not None])
+            clear = "true" if self.config.on_swap == "recompute" else "false"
+            await replica.server.post(f"/pause?mode=keep&clear_cache={clear}")
+            if held:
+                await replica.sender.send(where, version)
+            else:
+                body = {"method": "take_weights", "kwargs": {"folder": where}}
+                await replica.server.post("/collective_rpc", body)
+                await replica.server.post("/update_weight_version", {"new_version": str(version)})
+            replica.full = version
+            await replica.server.post("/resume")
 
     async def _add_adapter(self, replica: _Replica, version: int, folder: str) -> None:
         if folder != str(self._model):
@@ -298,6 +308,7 @@ class VllmEngine:
     async def _begin(self, replica: _Replica) -> None:
         """Start the server and bring it to the versions that it shall have."""
         await replica.server.start()
+        replica.sender.drop()
         replica.adapters = set()
         for version, folder in replica.versions.items():
             if self.config.weights == "lora":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import aiohttp
 
 from posttrain import waits
+from posttrain.engine.vllm_plugin import BACKEND
 from posttrain.errors import EngineError, UserError
 from posttrain.settings import VllmEngineConfig
 
@@ -182,6 +184,8 @@ def serve_arguments(config: VllmEngineConfig, model: Path, port: int) -> list[st
         # Without names the head may have one too, and then log-probs of a prompt end the server (0.32 on a CPU).
         out += ["--enable-lora", *most, "--max-cpu-loras", str(config.max_loras + 1)]
         out += ["--lora-target-modules", *config.lora_targets]
+    if config.weights == "send":
+        out += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
     return [*out, *config.args]
 
 

@@ -14,18 +14,26 @@ class Extension:
 
     def take_weights(self, folder: str) -> None:
         """Replace the model's weights by those in ``folder`` (Hugging Face format)."""
-        # A fused mixture of experts prepares its weights for the kernel only while it has none: on the second load it
-        # would copy plain weights into the prepared buffer, and report success (vLLM 0.32 on a CPU).
-        for module in self.model_runner.model.modules():
-            method: Any = getattr(module, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
-                method.moe_kernel = None
+        before_loading(self.model_runner.model)
         self.reload_weights(weights_path=folder)
-        # A head that is tied to the embedding loads nothing itself, so what a CPU had made of its weights stays the
-        # old ones' (vLLM 0.32).
-        for module in self.model_runner.model.modules():
-            if hasattr(module, "cpu_linear") and type(module).__name__ == "ParallelLMHead":
-                module.quant_method.process_weights_after_loading(module)
+        after_loading(self.model_runner.model)
 
 
-__all__ = ["Extension"]
+def before_loading(model: Any) -> None:
+    """A fused mixture of experts prepares its weights for the kernel only while it has none: on the second load it
+    would copy plain weights into the prepared buffer, and report success (vLLM 0.32 on a CPU)."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def after_loading(model: Any) -> None:
+    """A head that is tied to the embedding loads nothing itself, so what a CPU had made of its weights stays the old
+    ones' (vLLM 0.32)."""
+    for module in model.modules():
+        if hasattr(module, "cpu_linear") and type(module).__name__ == "ParallelLMHead":
+            module.quant_method.process_weights_after_loading(module)
+
+
+__all__ = ["Extension", "after_loading", "before_loading"]

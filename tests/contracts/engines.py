@@ -21,7 +21,7 @@ from posttrain.protocols import Engine
 from posttrain.settings import LoraConfig, VllmEngineConfig
 from posttrain.trainer import Trainer
 from posttrain.types import Completion, Sampling, Weights
-from posttrain.weights import SHM, FolderOutlet, Outlet, SharedOutlet, SharedWeights, state_of
+from posttrain.weights import SHM, FolderOutlet, HeldOutlet, Outlet, SharedOutlet, SharedWeights, state_of
 from tests.model.longcat2_tiny import MTP
 from tests.posttrain.tiny import make_model, trainer_of
 
@@ -93,6 +93,11 @@ def _adapter(model: Any, folder: Path) -> tuple[str, Callable[[], None]]:
     return str(folder), lambda: None
 
 
+def _held(model: PreTrainedModel, folder: Path) -> tuple[str, Callable[[], None]]:
+    outlet = HeldOutlet()
+    return outlet.put(trainer_of(model)), outlet.close
+
+
 WAYS: dict[str, Way] = {
     "local": Way(start=_local, kinds=("longcat2", "llama"), publish=_shared),
     "drafting": Way(start=_drafting, kinds=("longcat2-mtp",), publish=_shared),
@@ -101,6 +106,15 @@ WAYS: dict[str, Way] = {
         kinds=("llama-32",),
         publish=_whole,
         outlet=FolderOutlet,
+        exact=False,
+        moves=True,
+        marks=tuple(needs_vllm),
+    ),
+    "vllm-send": Way(
+        start=_vllm(weights="send", replicas=3),
+        kinds=("llama-32",),
+        publish=_held,
+        outlet=lambda work: HeldOutlet(),
         exact=False,
         moves=True,
         marks=tuple(needs_vllm),

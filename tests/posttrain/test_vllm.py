@@ -16,6 +16,7 @@ import pytest
 from posttrain.engine.vllm import VllmEngine
 from posttrain.errors import EngineError, UserError
 from posttrain.types import Completion, Sampling, Weights
+from posttrain.weights import HeldOutlet
 from tests.contracts.engines import needs_vllm, vllm_config
 from tests.posttrain.tiny import all_logprobs, make_ids, make_model, trainer_gap, trainer_of
 
@@ -57,23 +58,26 @@ def pids(engine: VllmEngine) -> list[int]:
     ],
     ids=["tied head", "dense", "experts"],
 )
+@pytest.mark.parametrize("way", ["folder", "send"])
 def test_after_every_update_the_output_is_what_transformers_computes(
-    kind: str, changes: dict[str, Any], tmp_path: Path
+    kind: str, changes: dict[str, Any], way: str, tmp_path: Path
 ) -> None:
     """A tied head and fused experts keep the first weights, or worse, if the worker does not see to them."""
     shape = {"head_dim": 32, **changes}
     models = [make_model(kind, seed, **shape) for seed in range(3)]
     folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
     prompt = make_ids(Random(0), 40)
+    outlet = HeldOutlet()
 
     async def use(engine: VllmEngine) -> list[Completion]:
         found = [await engine.generate(prompt, Sampling(max_tokens=20, temperature=0))]
         for version in (1, 2, 3):
-            await engine.load(Weights(version=version, where=folders[version % 3]))
+            where = folders[version % 3] if way == "folder" else outlet.put(trainer_of(models[version % 3]))
+            await engine.load(Weights(version=version, where=where))
             found.append(await engine.generate(prompt, Sampling(max_tokens=20, temperature=0)))
         return found
 
-    for version, got in enumerate(serve(tmp_path / "0", use)):
+    for version, got in enumerate(serve(tmp_path / "0", use, weights=way)):
         best = all_logprobs(models[version % 3], (*prompt, *got.ids))[len(prompt) - 1 : -1].max(dim=-1)
         assert got.ids == tuple(best.indices.tolist())
         assert got.logprobs == pytest.approx(best.values.tolist(), abs=TOLERANCE)

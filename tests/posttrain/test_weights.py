@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
-from posttrain.weights import SHM, SharedWeights, fingerprint, read_into, state_of
-from tests.posttrain.tiny import make_model
+from posttrain.weights import SHM, HeldOutlet, SharedWeights, fingerprint, read_into, state_of
+from tests.posttrain.tiny import make_model, trainer_of
 
 
 class Mixed(nn.Module):
@@ -134,3 +135,37 @@ def test_memory_that_is_not_to_be_had_is_refused_with_its_size(monkeypatch: pyte
 
     monkeypatch.setattr(os, "posix_fallocate", unknown)
     SharedWeights({"w": torch.zeros(3)}).close()
+
+
+def test_held_weights_are_copies_of_the_last_versions_as_they_would_be_saved(tmp_path: Path) -> None:
+    model = make_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    trainer = trainer_of(model)
+    trainer.save_policy(tmp_path)
+    outlet = HeldOutlet(last=2)
+    first = outlet.put(trainer)
+    held = dict(HeldOutlet.held(first))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    saved = load_file(tmp_path / "model.safetensors")
+    assert held.keys() == saved.keys() and any(".experts.3.down_proj" in name for name in held)
+    assert all(held[name].equal(saved[name]) for name in held)
+    for version in (1, 2):
+        trainer.version = version
+        where = outlet.put(trainer)
+        assert {t.abs().max().item() for _, t in HeldOutlet.held(where)} == {0.0}
+    with pytest.raises(KeyError):
+        HeldOutlet.held(first)
+    outlet.close()
+    outlet.close()
+    with pytest.raises(KeyError):
+        HeldOutlet.held(where)
+
+
+def test_held_weights_may_be_rounded_to_what_the_engine_computes_in() -> None:
+    trainer = trainer_of(make_model("llama"))
+    outlet = HeldOutlet(dtype=torch.bfloat16)
+    held = dict(HeldOutlet.held(outlet.put(trainer)))
+    outlet.close()
+    assert {t.dtype for t in held.values()} == {torch.bfloat16}
+    assert all(held[name].equal(t.to(torch.bfloat16)) for name, t in trainer.weights().items())
