@@ -62,10 +62,11 @@ def test_all_arrives_bit_for_bit(bucket: int, size: int, tmp_path: Path, monkeyp
     sent = tensors()
 
     def use(link: Link, rank: int) -> list[tuple[str, torch.dtype, torch.Size, list[int]]]:
+        got = list[tuple[str, Tensor]]()
         for _ in range(2):  # again on the same connection
             if rank == 0:
                 link.send(sent)
-            got = sent if rank == 0 else list(link.receive(layout_of(sent)))
+            got += sent if rank == 0 else link.receive(layout_of(sent))
         return [(name, t.dtype, t.shape, bits(t)) for name, t in got]
 
     found = ends(tmp_path, size, use)
@@ -100,7 +101,7 @@ def test_an_end_that_dies_is_noticed(tmp_path: Path) -> None:
 
 
 def test_whoever_waits_in_vain_ends(tmp_path: Path) -> None:
-    with pytest.raises(Lost, match="not all of 2 ends came to .*meeting"):
+    with pytest.raises(Lost, match=r"not all of 2 ends came to .*meeting"):
         Link(tmp_path / "meeting", 0, 2, CPU, 0.2, True)
 
 
