@@ -48,20 +48,27 @@ class Batch:
 
 
 def pack(
-    samples: Sequence[Sample], tokens_per_micro_batch: int, choices: bool = False, share: bool = False
+    samples: Sequence[Sample],
+    tokens_per_micro_batch: int,
+    choices: bool = False,
+    share: bool = False,
+    packed: bool = False,
 ) -> list[Batch]:
     """Micro-batches of at most that many padded tokens, similar lengths together. Deterministic; at least one
     sequence a micro-batch, however long. ``choices``: with what the model chose, which every sample must have.
-    ``share``: what samples begin with is in ``prompts``, if that saves something."""
+    ``share``: what samples begin with is in ``prompts``, if that saves something. ``packed``: padding costs nothing."""
     if share and (groups := shared(samples)):
         return _pack_groups(groups, tokens_per_micro_batch)
     order = sorted(samples, key=lambda s: (-len(s.ids), s.rollout))
     chunks: list[list[Sample]] = []
+    room = 0
     for sample in order:
-        if chunks and (len(chunks[-1]) + 1) * len(chunks[-1][0].ids) <= tokens_per_micro_batch:
-            chunks[-1].append(sample)
-        else:
-            chunks.append([sample])
+        cost = len(sample.ids) if packed or not chunks else len(chunks[-1][0].ids)
+        if cost > room:
+            chunks.append([])
+            cost, room = len(sample.ids), tokens_per_micro_batch
+        chunks[-1].append(sample)
+        room -= cost
     batches = [_tensors(chunk) for chunk in chunks]
     if choices:
         recorded = [

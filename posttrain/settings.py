@@ -192,11 +192,15 @@ class TrainerConfig(OptimizerSettings):
     updates_per_batch: Annotated[int, Field(gt=0)] = 1
     """Optimizer steps a batch of rollouts is split into."""
     tokens_per_micro_batch: Annotated[int, Field(gt=0)] = 4096
-    """Padded tokens a forward holds."""
+    """Tokens a forward holds, padding counted where there is any."""
     share_prompts: bool = False
     """Forward what the rollouts of a group begin with once for all of them, where the model's only memory of a token is
     its keys and values. The gradient is the same up to rounding. Pays on a CPU; on a GPU only where prompts are as
     long as what is sampled or longer (``benchmarks/long_sequences.py``), since attention then needs a mask."""
+    packed: bool = False
+    """Forward sequences end to end in one row, without padding, attention within each. For models of transformers with
+    full attention; on a GPU with ``mixed_precision`` bf16, since the kernel needs half precision. Pays where lengths
+    differ much."""
     activations: Literal["keep", "recompute", "offload"] = "keep"
     """What the gradient needs of a forward is kept; or what enters a layer is, and the rest is computed again; or that
     too is put into the host's memory meanwhile. For sequences that do not fit otherwise."""
@@ -215,6 +219,12 @@ class TrainerConfig(OptimizerSettings):
     """Use the MoE slots and attended columns that the engine chose when it sampled (``engine.record_choices``)."""
     deterministic: bool = False
     """Fix the order of every sum on a GPU as well (``posttrain.determinism`` names them); slower there."""
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> TrainerConfig:
+        if self.packed and self.share_prompts:
+            raise ValueError("packed: with share_prompts sequences have a row each; set one of the two to false")
+        return self
 
     @model_validator(mode="after")
     def _whole_matrices(self) -> TrainerConfig:

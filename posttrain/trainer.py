@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from posttrain import determinism, objective
+from posttrain import determinism, objective, packing
 from posttrain.batch import Batch, pack
 from posttrain.errors import UserError
 from posttrain.files import needs_room
@@ -68,6 +68,8 @@ class Trainer:
         """Between trainer and engine, of the tokens of the last step, by their staleness."""
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         model.train()
+        if config.packed:
+            packing.enable(model)
         if isinstance(model, Longcat2ForCausalLM):
             model.freeze_idle()
         for name, parameter in model.named_parameters():
@@ -123,7 +125,8 @@ class Trainer:
                 "true, or trainer.replay_choices to false"
             )
         size, replay = self.config.tokens_per_micro_batch, self.config.replay_choices
-        groups = [pack(ordered[i::parts], size, replay, self._shares_prompts) for i in range(parts)]
+        share, packed = self._shares_prompts, self.config.packed
+        groups = [pack(ordered[i::parts], size, replay, share, packed) for i in range(parts)]
         # All of it before the first update: prox is the policy that the step starts with.
         earlier = [[self._earlier(b) for b in g] for g in groups]
         mismatch = Mismatch(self.version)
@@ -218,13 +221,15 @@ class Trainer:
             extra = {"attention_mask": batch.real_BT, "replay": _replay(batch)}
         model = model or self.model
         head = plain_head(self.accelerator.unwrap_model(model))
+        row = packing.packed(batch) if self.config.packed else None
         with torch.set_grad_enabled(with_grad), bare(head) if head is not None else nullcontext():
+            extra |= {"input_ids": batch.ids_BT} if row is None else row.arguments()
             extra["past_key_values"] = None if batch.prompts is None else read(model, batch.prompts)
-            out = model(input_ids=batch.ids_BT, use_cache=batch.prompts is not None, **extra)
+            out = model(use_cache=batch.prompts is not None, **extra)
         learns_entropy = not isinstance(self.loss, DistillLoss) and self.loss.entropy > 0
         ids_N = batch.ids_BT[:, 1:][batch.sampled_BT[:, 1:]]
         with torch.set_grad_enabled(with_grad):
-            found_N = out.logits[:, :-1][batch.sampled_BT[:, 1:]]
+            found_N = out.logits[:, :-1][batch.sampled_BT[:, 1:]] if row is None else out.logits[0, row.before_N]
             if head is not None:
                 dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
                 pi_N, entropy_N = token_logprobs(found_N, head.weight, ids_N, dtype)
