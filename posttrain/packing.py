@@ -73,8 +73,8 @@ def enable(model: PreTrainedModel) -> None:
     kinds = {*(getattr(config, "layer_types", None) or ("full_attention",))}
     if not model._supports_attention_backend or model._is_stateful or kinds != {"full_attention"}:
         raise UserError(
-            f"trainer.packed: a model of type {config.model_type} has more than full attention that could look from one "
-            "sequence into another: set it to false"
+            f"trainer.packed: a model of type {config.model_type} has more than full attention, which could look from "
+            "one sequence into another: set it to false"
         )
     AttentionInterface.register(NAME, _attention)
     model.set_attn_implementation(NAME)
@@ -110,7 +110,7 @@ def _attention(
     return _one_by_one(query_1HSD, key_1HSD, value_1HSD, cu_seq_lens_q, scaling, grouped), None
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _one_by_one(
     query_1HSD: Tensor, key_1HSD: Tensor, value_1HSD: Tensor, starts_B1: Tensor, scaling: float | None, grouped: bool
 ) -> Tensor:

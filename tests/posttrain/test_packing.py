@@ -95,9 +95,7 @@ def test_a_sequence_does_not_see_the_one_before_it() -> None:
 
 def test_a_row_by_hand() -> None:
     a = replace(SAMPLES[3], rollout="a", ids=(5, 6), sampled=(False, True), logprobs=(0.0, -1.0), advantages=(0.0, 1.0))
-    b = replace(
-        a, rollout="b", ids=(7, 8, 9), sampled=(False, True, True), logprobs=(0.0,) * 3, advantages=(0.0,) * 3
-    )
+    b = replace(a, rollout="b", ids=(7, 8, 9), sampled=(False, True, True), logprobs=(0.0,) * 3, advantages=(0.0,) * 3)
     (batch,) = pack([a, b], 5, packed=True)
     row = packed(batch)
     assert row.ids_1S.tolist() == [[7, 8, 9, 5, 6]]
