@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on this machine, some minutes, no GPU: the table, and a report to open
 # make test   lint, types and tests
+# make test-all  the same with the tests that take minutes each, an hour and a half
 # make smoke  the pipeline shortened to some minutes; make smoke-docker: with the code world in containers;
 #             make smoke-vllm: sampled by vLLM, which it installs
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test smoke smoke-docker smoke-vllm
+.PHONY: demo test test-all smoke smoke-docker smoke-vllm
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -29,6 +30,9 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m 'not long'
+
+test-all: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 
 $(BIN)/python:

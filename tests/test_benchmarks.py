@@ -32,6 +32,7 @@ def test_ablations(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_against_trl() -> None:
     small = "--groups 2 --size 4 --prompt 8 --tokens 8 --steps 6 --warmup 2 --latencies 0,0.1 --no-check"
     command = [sys.executable, str(ROOT / "benchmarks/against_trl.py"), *small.split()]

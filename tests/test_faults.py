@@ -23,8 +23,6 @@ from tests.posttrain.tiny import make_model, make_tokenizer
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-KILLS = 25
-"""A mode. Two modes are killed."""
 STEPS, BATCH = 6, 2
 
 
@@ -96,17 +94,18 @@ def alive(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
-def test_fifty_random_kills(max_staleness: int, tmp_path: Path) -> None:
-    """25 in each mode. Every step is taken once, each on groups of its own, and from rollouts that are in the journal;
-    synchronously the weights are those of a run that nobody disturbed, bit for bit."""
+@pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.long)])
+def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
+    """Fifty in both modes, or ten. Every step is taken once, each on groups of its own, and from rollouts that are in
+    the journal; synchronously the weights are those of a run that nobody disturbed, bit for bit."""
     config = write_config(tmp_path, max_staleness)
     calm = tmp_path / "calm"
     whole_s = finish(config, calm)
     rng = random.Random(max_staleness)
     killed, runs = 0, 0
-    while killed < KILLS:
+    while killed < kills:
         out = tmp_path / f"killed-{runs}"
-        times = min(5, KILLS - killed)
+        times = min(5, kills - killed)
         killed += times - kill_at_random(config, out, rng, whole_s, times)
         runs += 1
         finish(config, out)

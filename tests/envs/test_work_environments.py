@@ -195,6 +195,7 @@ def test_every_mistake_fails_in_one_environment_of_each_domain() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_mistake_fails_in_two_thousand_environments() -> None:
     started = time.process_time()
     for name in DOMAINS:

@@ -49,20 +49,27 @@ def pids(engine: VllmEngine) -> list[int]:
     return [pid for pid, group in _groups() if group == process.pid]
 
 
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied head": ("llama", {"tie_word_embeddings": True}),
+    "dense": ("qwen3", {}),
+    "experts": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),
+}
+
+
 @pytest.mark.parametrize(
-    ("kind", "changes"),
+    ("name", "way"),
     [
-        ("llama", {"tie_word_embeddings": True}),
-        ("qwen3", {}),
-        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),
+        ("tied head", "folder"),
+        pytest.param("dense", "folder", marks=pytest.mark.long),
+        ("experts", "folder"),
+        pytest.param("tied head", "send", marks=pytest.mark.long),
+        pytest.param("dense", "send", marks=pytest.mark.long),
+        ("experts", "send"),
     ],
-    ids=["tied head", "dense", "experts"],
 )
-@pytest.mark.parametrize("way", ["folder", "send"])
-def test_after_every_update_the_output_is_what_transformers_computes(
-    kind: str, changes: dict[str, Any], way: str, tmp_path: Path
-) -> None:
+def test_after_every_update_the_output_is_what_transformers_computes(name: str, way: str, tmp_path: Path) -> None:
     """A tied head and fused experts keep the first weights, or worse, if the worker does not see to them."""
+    kind, changes = MODELS[name]
     shape = {"head_dim": 32, **changes}
     models = [make_model(kind, seed, **shape) for seed in range(3)]
     folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
@@ -200,6 +207,7 @@ def test_without_vllm_there_is_a_cure(tmp_path: Path) -> None:
         serve(tmp_path, use, command=("/no/vllm",))
 
 
+@pytest.mark.long
 def test_updates_under_load_neither_mix_versions_nor_leak(tmp_path: Path) -> None:
     """500 in a row, two replicas, so that one version stays beside the newest."""
     models = [make_model("llama", seed, head_dim=32) for seed in range(2)]
