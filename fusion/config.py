@@ -8,7 +8,14 @@ from pydantic import Field, model_validator
 
 from envs.context import ContextConfig
 from envs.worlds import WorldConfig, make_world
-from experts.config import ColdStartConfig, ConversionConfig, EvaluationConfig, ExpertConfig
+from experts.config import (
+    ColdStartConfig,
+    ConversionConfig,
+    EvaluationConfig,
+    ExpertConfig,
+    LozaConversion,
+    LsaConversion,
+)
 from posttrain.config import Config
 from posttrain.objective_settings import DistillLoss
 from posttrain.settings import EngineConfig, LocalEngineConfig, LoopConfig, ModelConfig, TrainerConfig, VllmEngineConfig
@@ -119,13 +126,14 @@ class PipelineConfig(Config):
             wanted = 1 if served.engine.weights == "lora" else len(self.experts)
             if served.engine.replicas != wanted:
                 raise ValueError(f"fusion.teachers.engine.replicas: there is one server a teacher; set it to {wanted}")
-            if self.model.type == "longcat2":
-                raise ValueError("fusion.teachers: vllm does not serve models of type longcat2; use type: model")
             for expert, spec in self.experts.items():
                 if served.engine.weights == "lora" and spec.trainer.lora is None:
                     raise ValueError(f"experts.{expert}.trainer.lora: fusion.teachers.engine.weights lora needs it")
         if isinstance(self.engine, VllmEngineConfig):
             _served_by_vllm(self, self.engine)
+        if self.model.type == "longcat2":
+            topk = self.model.settings.get("index_topk")
+            served_longcat(self, topk if isinstance(topk, int) and topk else None)
         if self.cold_start is None and self.model.type != "pretrained":
             raise ValueError("cold_start: a model that starts at random needs one; set it or use model.type pretrained")
         return self
@@ -133,8 +141,6 @@ class PipelineConfig(Config):
 
 def _served_by_vllm(config: PipelineConfig, engine: VllmEngineConfig) -> None:
     """Raises ValueError, with the key, for what vLLM cannot serve."""
-    if config.model.type == "longcat2":
-        raise ValueError("engine.type: vllm does not serve models of type longcat2 (docs/vllm.md); use local")
     stages = {f"experts.{name}": c for name, c in config.experts.items()} | {"fusion": config.fusion}
     stages |= {"general": config.general} if config.general is not None else {}
     for key, stage in stages.items():
@@ -150,6 +156,33 @@ def _served_by_vllm(config: PipelineConfig, engine: VllmEngineConfig) -> None:
             raise ValueError(
                 f"engine.{name}: {room} cannot serve the {versions} versions of {key}.loop.versions pinned with "
                 f"max_staleness {loop.max_staleness} side by side; set it to {versions}"
+            )
+
+
+def served_longcat(config: PipelineConfig, dense_context: int | None) -> None:
+    """Raises ValueError, with the key, for what vLLM does not serve of a longcat2 (``posttrain.engine.vllm_longcat2``)
+    whose attention sees everything in contexts of up to ``dense_context`` tokens; None: in all."""
+    teachers, conversion = config.fusion.teachers, config.conversion
+    match conversion:
+        case LsaConversion():
+            dense_context = conversion.index_topk
+        case LozaConversion():
+            blocks = conversion.streaming_sink_blocks + conversion.streaming_local_blocks
+            dense_context = blocks * conversion.streaming_block_size
+    asked: dict[str, tuple[EngineConfig, str, int]] = {"engine": (config.engine, "engine.type local", 0)}
+    if isinstance(teachers, ServedTeachers):  # their servers sample a token after every sequence
+        asked["fusion.teachers.engine"] = (teachers.engine, "fusion.teachers.type model", 1)
+    for key, (engine, instead, more) in asked.items():
+        if not isinstance(engine, VllmEngineConfig):
+            continue
+        if engine.weights == "lora":
+            raise ValueError(f"{key}.weights: vllm takes no adapters for a longcat2; set it to folder")
+        if not engine.eager:
+            raise ValueError(f"{key}.eager: vllm cannot compile a longcat2; set it to true")
+        if dense_context is not None and engine.max_context + more > dense_context:
+            raise ValueError(
+                f"{key}.max_context: this longcat2 attends to everything in contexts of up to {dense_context} tokens "
+                f"only, vllm always; set it to at most {dense_context - more}, or take {instead}"
             )
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from envs.sandbox import DockerConfig, probe
 from envs.work.users import ModelUserConfig
 from envs.worlds import WorkConfig, WorldConfig
-from fusion.config import PipelineConfig
+from fusion.config import PipelineConfig, served_longcat
 from posttrain.errors import ConfigError
 from posttrain.settings import LocalEngineConfig, PretrainedModel, RandomModel
+
+if TYPE_CHECKING:
+    from posttrain.model import Longcat2Config
 
 
 def preflight_worlds(path: Path, worlds: Mapping[str, WorldConfig]) -> None:
@@ -57,6 +61,10 @@ def preflight(path: Path, config: PipelineConfig) -> None:
             raise ConfigError(
                 f"{path}: model.path: {config.model.path} holds no config.json; give the folder of a Hugging Face model"
             )
+        from posttrain.model.config_files import is_longcat, read_config, read_layer
+
+        if is_longcat(read_layer(config.model.path).data):
+            _served_longcat(path, config, read_config(config.model.path))
         return
     if isinstance(config.model, RandomModel):
         _known(path, config.model)
@@ -83,6 +91,14 @@ def preflight(path: Path, config: PipelineConfig) -> None:
             sparse_config(model, config.conversion)
         except ValueError as error:
             raise ConfigError(f"{path}: conversion: {error}") from None
+    _served_longcat(path, config, model)
+
+
+def _served_longcat(path: Path, config: PipelineConfig, model: Longcat2Config) -> None:
+    try:
+        served_longcat(config, model.dense_context)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _known(path: Path, config: RandomModel) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -24,6 +25,8 @@ NAME = "policy"
 """Of the model as it was served at the start."""
 _WORDS = 1500
 """Characters of a dead server's log that are shown."""
+_CAUSE = re.compile(r"^(?:\(.+\] )?(\w+(?:Error|Exception): .+)$", re.MULTILINE)
+"""The first error in a log, with what vLLM puts before its lines."""
 _WELL_S = 10.0
 """For a server to say that it is well."""
 _ENDS_S = 15.0
@@ -44,6 +47,7 @@ class Server:
     def __init__(self, config: VllmEngineConfig, model: Path, log: Path, number: int) -> None:
         self.config, self.model, self.log, self.number = config, model, log, number
         self.url = config.servers[number].rstrip("/") if config.servers else ""
+        self._since = 0
         self._process: asyncio.subprocess.Process | None = None
         self._http: aiohttp.ClientSession | None = None
 
@@ -64,6 +68,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [*self.config.command, *self.arguments(port)]
         with open(self.log, "ab") as log:
+            self._since = log.tell()
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *command,
@@ -157,8 +162,11 @@ class Server:
     def _last_words(self) -> str:
         if self._process is None or not self.log.exists():
             return "it was not started here"
-        words = self.log.read_bytes()[-_WORDS:].decode(errors="replace").strip()
-        return f"the end of {self.log}:\n{words}"
+        words = self.log.read_bytes()[self._since :].decode(errors="replace").strip()
+        # The process that is left at the end says only that another one failed.
+        cause = _CAUSE.search(words)
+        said = f"it says `{cause[1]}`; " if cause else ""
+        return f"{said}the end of {self.log}:\n{words[-_WORDS:]}"
 
 
 def serve_arguments(config: VllmEngineConfig, model: Path, port: int) -> list[str]:

@@ -2,13 +2,16 @@
 
 vLLM's own for NCCL needs vLLM at the trainer's end too, which is another environment, and has no way without GPUs."""
 
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+# (vLLM has an environment of its own)
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
+from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
@@ -19,7 +22,7 @@ from posttrain.engine.vllm_worker import after_loading, before_loading
 
 
 @dataclass
-class Meeting(WeightTransferInitInfo):  # pyright: ignore[reportUntypedBaseClass]
+class Meeting(WeightTransferInitInfo):
     """Where the trainer waits."""
 
     file: str
@@ -30,13 +33,13 @@ class Meeting(WeightTransferInitInfo):  # pyright: ignore[reportUntypedBaseClass
 
 
 @dataclass
-class Announced(WeightTransferUpdateInfo):  # pyright: ignore[reportUntypedBaseClass]
+class Announced(WeightTransferUpdateInfo):
     """What comes."""
 
     layout: list[list[Any]] = field(default_factory=list[list[Any]])
 
 
-class Receiver(WeightTransferEngine[Meeting, Announced]):  # pyright: ignore[reportUntypedBaseClass]
+class Receiver(WeightTransferEngine[Meeting, Announced]):
     """Loads what the trainer sends, layer by layer."""
 
     init_info_cls = Meeting
@@ -54,7 +57,7 @@ class Receiver(WeightTransferEngine[Meeting, Announced]):  # pyright: ignore[rep
 
     def start_weight_update(self) -> None:
         """Make room for plain weights."""
-        from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]
+        from vllm.model_executor.model_loader.reload import (
             initialize_layerwise_reload,
         )
 
@@ -78,7 +81,7 @@ class Receiver(WeightTransferEngine[Meeting, Announced]):  # pyright: ignore[rep
     def finish_weight_update(self) -> None:
         """Make of plain weights what the kernels want."""
         import torch
-        from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]
+        from vllm.model_executor.model_loader.reload import (
             finalize_layerwise_reload,
         )
 

@@ -140,6 +140,14 @@ class Longcat2Config(PreTrainedConfig):
         return bool(self.index_topk)
 
     @property
+    def dense_context(self) -> int | None:
+        """Tokens of context up to which every attention sees all of it; None: it always does."""
+        if self.use_lsa:
+            return self.index_topk
+        blocks = self.streaming_sink_blocks + self.streaming_local_blocks
+        return blocks * self.streaming_block_size if self.streaming_attentions else None
+
+    @property
     def num_attentions(self) -> int:
         """Attention ids of the backbone run from 0 to this minus one; the draft block's attention has this id."""
         return 2 * self.num_layers

@@ -70,6 +70,19 @@ def vllm_config(**changes: Any) -> VllmEngineConfig:
     return VllmEngineConfig(**{"type": "vllm", "command": (str(VLLM),), **small, **changes})
 
 
+def serve(folder: Path, use: Callable[[VllmEngine], Coroutine[Any, Any, T]], **changes: Any) -> T:
+    """What ``use`` gives with a vLLM that serves the model in ``folder``."""
+
+    async def scenario() -> T:
+        engine = await VllmEngine.start(vllm_config(**changes), folder, folder / "work")
+        try:
+            return await use(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(scenario())
+
+
 def _vllm(**changes: Any) -> Callable[[Path], Coroutine[Any, Any, Engine]]:
     async def start(folder: Path) -> Engine:
         return await VllmEngine.start(vllm_config(**changes), folder, folder / "work")
@@ -103,7 +116,7 @@ WAYS: dict[str, Way] = {
     "drafting": Way(start=_drafting, kinds=("longcat2-mtp",), publish=_shared),
     "vllm": Way(
         start=_vllm(replicas=3),
-        kinds=("llama-32",),
+        kinds=("llama-32", "longcat2"),
         publish=_whole,
         outlet=FolderOutlet,
         exact=False,

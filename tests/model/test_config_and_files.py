@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM, Longcat2Model
 from posttrain.model.rope import inverse_frequencies, softmax_scale
-from tests.model.longcat2_tiny import NGRAM, SHAPE, YARN, randomise, tiny, tokens
+from tests.model.longcat2_tiny import LSA, NGRAM, SHAPE, YARN, randomise, tiny, tokens
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,30 @@ def test_refused_configs_name_the_field(fields: dict[str, Any], names: str) -> N
 def test_off_values_of_unimplemented_fields_are_accepted() -> None:
     off = {"index_topk": 0, "mtp_num_layers": 0, "attention_method": "MLA", "use_mla": 1, "router_bias": False}
     Longcat2Config(**SHAPE, **off)
+
+
+@pytest.mark.parametrize(
+    ("fields", "context"),
+    [
+        ({}, None),
+        (LSA, 14),
+        ({"streaming_attentions": [1], "streaming_block_size": 4}, 32),
+        ({"streaming_attentions": [], "streaming_block_size": 4}, None),
+    ],
+)
+def test_sparse_attention_sees_everything_up_to_its_budget(fields: dict[str, Any], context: int | None) -> None:
+    """And not of one token more."""
+    model = tiny(0, **fields)
+    assert model.config.dense_context == context
+    if context is None:
+        return
+    dense = tiny(0)
+    dense.load_state_dict(model.state_dict(), strict=False)
+    for length, same in ((context, True), (context + 1, False)):
+        ids = tokens(1, length, low=3)
+        with torch.no_grad():
+            gap = (model(ids).logits - dense(ids).logits).abs().max().item()
+        assert (gap < 1e-5) is same, (length, gap)
 
 
 def test_both_ngram_spellings_give_one_config() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -17,24 +16,12 @@ from posttrain.engine.vllm import VllmEngine
 from posttrain.errors import EngineError, UserError
 from posttrain.types import Completion, Sampling, Weights
 from posttrain.weights import HeldOutlet
-from tests.contracts.engines import needs_vllm, vllm_config
+from tests.contracts.engines import needs_vllm, serve
 from tests.posttrain.tiny import all_logprobs, make_ids, make_model, trainer_gap, trainer_of
 
 pytestmark = needs_vllm
 
-T = TypeVar("T")
 TOLERANCE = 1e-3
-
-
-def serve(folder: Path, use: Callable[[VllmEngine], Coroutine[Any, Any, T]], **changes: Any) -> T:
-    async def scenario() -> T:
-        engine = await VllmEngine.start(vllm_config(**changes), folder, folder / "work")
-        try:
-            return await use(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(scenario())
 
 
 def saved(model: Any, folder: Path) -> str:
