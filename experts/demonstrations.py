@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from envs.episode import transcript
 from experts.config import ColdStartConfig
-from posttrain.chat import Chat, tool_line
+from posttrain.chat import Chat
+from posttrain.markup.longcat import tool_line
 from posttrain.protocols import World
 from posttrain.types import Message, Task, Tool
 

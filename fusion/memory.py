@@ -1,8 +1,9 @@
 """What the stages of a run will take of memory, and what to lower where that is more than there is.
 
-Experts, general RL and fusion: trainer, engine, teachers, and the weights that travel. The cold start: its processes,
-at the longest conversations that the engine may hold; without activations where it computes them twice. The conversion
-and a model that plays users are not counted.
+Experts, general RL and fusion: trainer, engine, teachers, and the weights that travel; vLLM's servers are taken to be
+on the trainer's GPU, unless they have devices of their own. The cold start: its processes, at the longest conversations
+that the engine may hold; without activations where it computes them twice. The conversion and a model that plays users
+are not counted.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from experts.config import ColdStartConfig, ExpertConfig
-from fusion.config import FusionConfig, PipelineConfig, domains_of
+from fusion.config import FusionConfig, PipelineConfig, ServedTeachers, domains_of
 from posttrain import memory
 from posttrain.activations import NoEstimate
 from posttrain.machine import memory_here, shared_free
 from posttrain.objective_settings import ClippedLoss
-from posttrain.settings import TrainerConfig
+from posttrain.settings import TrainerConfig, VllmEngineConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Plan:
     stage: str
     """Its key in the config."""
     trainer: Mapping[str, int]
-    """On the GPU if there is one."""
+    """On the GPU if there is one, with the servers that vLLM starts there."""
     host: Mapping[str, int]
     """Never there."""
     shared: int = 0
@@ -108,36 +109,59 @@ def _cold_start(config: PipelineConfig, c: ColdStartConfig) -> Plan:
 def _learner(config: PipelineConfig, stage: str, c: ExpertConfig | FusionConfig, teachers: int) -> Plan:
     trainer = memory.trainer_memory(config.model, c.trainer, c.loss, _longest(config))
     versions = c.loop.max_staleness + 1 if c.loop.versions == "pinned" else 1
-    host, shared, note = {"programs": memory.TRAINING_PROGRAM + memory.ENGINE_PROGRAM}, 0, ""
-    try:
-        engine = memory.engine_memory(config.model, config.engine, versions)
-        shared = memory.weight_bytes(config.model)
-        host |= {f"engine's {part}": size for part, size in engine.items()} | {"published": shared}
-    except NoEstimate as error:
-        note = f"engine: no estimate is made here ({error})"
-    if teachers:
+    host, notes = {"programs": memory.TRAINING_PROGRAM}, list[str]()
+    if isinstance(config.engine, VllmEngineConfig):
+        trainer |= _beside(config, "engine", config.engine, notes)
+        if config.engine.weights == "lora":
+            trainer.pop("merged adapters", None)  # they travel alone
+    else:
+        try:
+            engine = memory.engine_memory(config.model, config.engine, versions)
+            host["programs"] += memory.ENGINE_PROGRAM
+            host |= {f"engine's {part}": size for part, size in engine.items()}
+            host["published"] = memory.weight_bytes(config.model)
+        except NoEstimate as error:
+            notes.append(f"engine: no estimate is made here ({error})")
+    if isinstance(c, FusionConfig) and isinstance(c.teachers, ServedTeachers):
+        trainer |= _beside(config, "teachers", c.teachers.engine, notes)
+    elif teachers:
         host |= memory.teacher_memory(config.model, teachers)
+    served = isinstance(config.engine, VllmEngineConfig)
     batch, adapters = f"{stage}.trainer.tokens_per_micro_batch", f"{stage}.trainer.lora (set it)"
     return Plan(
         stage=stage,
         trainer=trainer,
         host=host,
-        shared=shared,
+        shared=host.get("published", 0),
         keys={
             "activations": batch,
             "log-probs": batch,
             "gradients": adapters,
             "optimizer": adapters,
             "reference": f"{stage}.loss.kl (0)",
-            "engine's weights": f"{stage}.loop.max_staleness" if versions > 1 else "",
-            "engine's cache": "engine.slots",
+            "engine's weights": f"{stage}.loop.max_staleness" if versions > 1 and not served else "",
+            "engine's cache": "engine.kv_cache_gib" if served else "engine.slots",
             "engine's choices": "engine.slots",
             "engine's prefill": "engine.max_context",
             "weights": "model (a smaller one)",
             "teachers": "experts (fewer)",
+            "teachers' cache": "fusion.teachers.engine.kv_cache_gib",
         },
-        note=note,
+        note="; ".join(notes),
     )
+
+
+def _beside(config: PipelineConfig, who: str, engine: VllmEngineConfig, notes: list[str]) -> dict[str, int]:
+    """What servers take of the trainer's GPU. Notes those of which that is not known."""
+    if engine.servers or engine.devices:
+        notes.append(f"{who}: not on the trainer's GPU, and not counted")
+        return {}
+    try:
+        found = memory.served_memory(config.model, engine)
+    except NoEstimate as error:
+        notes.append(f"{who}: no estimate is made here ({error})")
+        return {}
+    return {("teachers' " if who == "teachers" else "engine's ") + part: size for part, size in found.items()}
 
 
 def _longest(config: PipelineConfig) -> int:

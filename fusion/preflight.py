@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +12,7 @@ from envs.sandbox import DockerConfig, probe
 from envs.work.users import ModelUserConfig
 from envs.worlds import WorkConfig, WorldConfig
 from fusion.config import PipelineConfig, served_longcat
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, UserError
 from posttrain.settings import LocalEngineConfig, PretrainedModel, RandomModel
 
 if TYPE_CHECKING:
@@ -57,10 +58,7 @@ def preflight(path: Path, config: PipelineConfig) -> None:
     """Raises ConfigError naming file, key and cure."""
     preflight_worlds(path, config.worlds)
     if isinstance(config.model, PretrainedModel):
-        if not (config.model.path / "config.json").is_file():
-            raise ConfigError(
-                f"{path}: model.path: {config.model.path} holds no config.json; give the folder of a Hugging Face model"
-            )
+        _pretrained(f"{path}: model.path", config.model.path)
         from posttrain.model.config_files import is_longcat, read_config, read_layer
 
         if is_longcat(read_layer(config.model.path).data):
@@ -99,6 +97,33 @@ def _served_longcat(path: Path, config: PipelineConfig, model: Longcat2Config) -
         served_longcat(config, model.dense_context)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _pretrained(key: str, folder: Path) -> None:
+    """Raises ConfigError for a folder without a model, or whose tokenizer cannot be used with it."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{key}: {folder} holds no config.json; give the folder of a Hugging Face model, or fetch one there: "
+            f"hf download OWNER/NAME --local-dir {folder}"
+        )
+    from transformers import AutoTokenizer
+
+    from posttrain.chat import markup_of
+
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {folder} has no tokenizer ({error}); save one beside the model") from None
+    try:
+        markup_of(vocabulary, str(folder))
+    except UserError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    rows, most = json.loads((folder / "config.json").read_text()).get("vocab_size"), max(vocabulary.values()) + 1
+    if rows is not None and rows < most:  # more is good: Qwen3 pads its embedding
+        raise ConfigError(
+            f"{key}: {folder}: the tokenizer has {most} tokens, and the model rows for {rows}; enlarge the model's "
+            "embedding (resize_token_embeddings) and save it again"
+        )
 
 
 def _known(path: Path, config: RandomModel) -> None:

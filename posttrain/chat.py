@@ -1,69 +1,32 @@
-"""Messages to tokens and back, in the LongCat family's second-generation markup.
+"""Messages to tokens and back, in the markup that the tokenizer knows (``posttrain.markup``).
 
 Encoding is append-only: the ids of a conversation are the ids of its beginning plus what the last message added, so
-what was sampled is never encoded again. Reasoning of earlier turns is kept for the same reason (the family's
-``save_history_reasoning_content``). The same markup as a Jinja template travels with the tokenizer
-(``CHAT_TEMPLATE``); a test holds the two against each other token by token.
+what was sampled is never encoded again. Reasoning of earlier turns is kept for the same reason: LongCat calls that
+``save_history_reasoning_content``, Qwen3's stock chat template would drop it.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.types import Message, Segment, Tool, ToolCall
+from posttrain.errors import UserError
+from posttrain.markup import chatml, longcat
+from posttrain.markup.base import Mark, Markup, ParseError, hidden, plain
+from posttrain.types import Message, Segment, Tool
 
-PAD, BOS, EOS = "<longcat_pad>", "<longcat_s>", "</longcat_s>"
-THINK, END_THINK = "<longcat_think>", "</longcat_think>"
-CALL, END_CALL = "<longcat_tool_call>", "</longcat_tool_call>"
-KEY, END_KEY = "<longcat_arg_key>", "</longcat_arg_key>"
-VALUE, END_VALUE = "<longcat_arg_value>", "</longcat_arg_value>"
-SYSTEM, USER, ASSISTANT, OBSERVATION = (
-    "<longcat_system>",
-    "<longcat_user>",
-    "<longcat_assistant>",
-    "<longcat_observation>",
-)
-THINK_ON, THINK_OFF = " /think_on", " /think_off"
-UNKNOWN = "<longcat_unk>"
-SPECIAL = (
-    PAD, BOS, EOS, UNKNOWN, THINK, END_THINK, CALL, END_CALL, KEY, END_KEY, VALUE, END_VALUE,
-    SYSTEM, USER, ASSISTANT, OBSERVATION, THINK_ON, THINK_OFF,
-)  # fmt: skip
-"""In the order of their ids: pad 0, bos 1, eos 2 as in the family."""
-
-CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text()
-
-_ARGUMENT = re.compile(rf"\n{KEY}(?P<key>[^<\n]*){END_KEY}\n{VALUE}(?P<value>.*?){END_VALUE}", flags=re.DOTALL)
-
-_LESS = "\ue000"
-"""Stands for a sampled "<" while an answer is parsed: letters that spell markup are not markup."""
-
-
-def _plain(text: str) -> str:
-    return text.replace(_LESS, "<")
-
-
-class ParseError(ValueError):
-    """A malformed assistant turn. ``name`` is one of: unfinished, open_think, open_call, bad_call, bad_argument."""
-
-    def __init__(self, name: str, detail: str) -> None:
-        super().__init__(f"{name}: {detail}")
-        self.name = name
+_MARKUPS: tuple[Markup, ...] = (longcat, chatml)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A small byte-pair tokenizer over printable ASCII, in which a run of letters is one word and every digit,
-    space and sign stands alone, so that a value looks the same wherever it is copied to. Deterministic."""
-    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    """A small byte-pair tokenizer over printable ASCII with LongCat's markup, in which a run of letters is one word and
+    every digit, space and sign stands alone, so that a value looks the same wherever it is copied to. Deterministic."""
+    tokenizer = Tokenizer(models.BPE(unk_token=longcat.UNKNOWN))
     split = pre_tokenizers.Split(Regex(r"[A-Za-z]+|[^A-Za-z]"), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -75,78 +38,70 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     ]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL],
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in longcat.SPECIAL],
         initial_alphabet=sorted(set("".join(alphabet))),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        chat_template=CHAT_TEMPLATE,
+        pad_token=longcat.PAD,
+        bos_token=longcat.BOS,
+        eos_token=longcat.EOS,
+        unk_token=longcat.UNKNOWN,
+        chat_template=longcat.TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 
 
-def tool_line(tool: Tool) -> str:
-    """One line of the system message."""
-    arguments = ", ".join(k if t == "string" else f"{k}: {t}" for k, t in tool.parameters.items())
-    return f"{tool.name}({arguments}) {tool.description}".rstrip()
-
-
-def tool_dict(tool: Tool) -> dict[str, Any]:
-    """The tool as ``apply_chat_template(tools=...)`` wants it."""
-    properties = {k: {"type": t} for k, t in tool.parameters.items()}
-    schema = {"type": "object", "properties": properties, "required": list(properties)}
-    return {"type": "function", "function": {"name": tool.name, "description": tool.description, "parameters": schema}}
-
-
-class Mark(str):
-    """A markup token. Only these become special ids: text that merely looks like markup, from a tool or a user, is
-    encoded letter by letter and cannot forge a turn."""
+def markup_of(vocabulary: Collection[str], where: str = "") -> Markup:
+    """The markup whose tokens are all in ``vocabulary``. Raises UserError, naming the folder ``where``."""
+    lacking: list[str] = []
+    for markup in _MARKUPS:
+        missing = [t for t in markup.SPECIAL if t not in vocabulary]
+        if not missing:
+            return markup
+        lacking.append(f"{missing[:3]} of {markup.NAME}")
+    raise UserError(
+        f"{where or 'tokenizer'}: the tokenizer lacks {' and '.join(lacking)}, and no other markup is known; give the "
+        "folder of a LongCat-2.0 or Qwen3 model, or add the tokens of one of the two to this tokenizer and have a cold "
+        "start teach the model what they mean"
+    )
 
 
 class Chat:
-    """Encodes and parses for one tokenizer that knows the markup of ``SPECIAL``."""
+    """Encodes and parses for one tokenizer. Raises UserError if that knows no markup."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         vocab = tokenizer.get_vocab()
-        missing = [t for t in SPECIAL if t not in vocab]
-        if missing:
-            raise ValueError(f"the tokenizer lacks {missing[:3]}: make one with `posttrain.chat.train_tokenizer`")
-        self.tokenizer = tokenizer
-        self._special = {t: vocab[t] for t in SPECIAL}
-        self._markup = frozenset(self._special.values())
-        self.stop_ids: tuple[int, ...] = (self._special[EOS],)
+        self.tokenizer, self.markup = tokenizer, markup_of(vocab, tokenizer.name_or_path)
+        self._special = {t: vocab[t] for t in self.markup.SPECIAL}
+        self._marks = frozenset(self._special.values())
+        self.stop_ids: tuple[int, ...] = tuple(self._special[t] for t in self.markup.STOPS)
+        self._letters = _letters(tokenizer)
         self._encode = lru_cache(maxsize=65536)(self._encode_text)
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return tuple(self._letters.encode(text, add_special_tokens=False).ids)
 
     def _ids(self, parts: Iterable[str]) -> tuple[int, ...]:
+        """Text from one mark to the next is encoded as a whole, whatever parts it came in."""
         out: list[int] = []
-        for part in parts:
-            out += (self._special[part],) if isinstance(part, Mark) else self._encode(part) if part else ()
+        for marks, (*together,) in groupby(parts, lambda part: isinstance(part, Mark)):
+            out += [self._special[m] for m in together] if marks else self._encode("".join(together))
         return tuple(out)
 
     def opening(self, messages: Sequence[Message], tools: Sequence[Tool], thinking: bool) -> tuple[int, ...]:
         """Ids of the first messages up to where the assistant begins."""
-        if tools and messages[0].role != "system":
-            messages = [Message(role="system", content=""), *messages]
-        first, *others = messages
-        parts = self._given(first, tools, thinking) + [p for m in others for p in self._given(m, (), thinking)]
-        return self._ids(parts + _begin(thinking))
+        return self._ids([*self.markup.opening(messages, tools, thinking), *self.markup.begin(thinking)])
 
     def addition(self, messages: Sequence[Message], thinking: bool) -> tuple[int, ...]:
-        """Ids that tool results or the user's next words add, up to where the assistant begins again."""
-        return self._ids([p for m in messages for p in self._given(m, (), thinking)] + _begin(thinking))
+        """Ids that tool results or the user's next words add to an assistant turn, up to where it begins again."""
+        return self._ids([*self.markup.given(messages, thinking), *self.markup.begin(thinking)])
 
     def answer(self, message: Message, thinking: bool) -> tuple[int, ...]:
         """Ids of an assistant message as the model would have sampled it."""
-        return self._ids(_answer(message, thinking))
+        return self._ids(self.markup.answer(message, thinking))
 
     def segments(
         self, prompt: Sequence[Message], rest: Sequence[Message], tools: Sequence[Tool], thinking: bool
@@ -167,83 +122,50 @@ class Chat:
             out.append(Segment(ids=ids, sampled=(True,) * n, logprobs=(0.0,) * n, versions=(0,) * n))
         return out
 
-    def _given(self, message: Message, tools: Sequence[Tool], thinking: bool) -> list[str]:
-        if message.role == "assistant":
-            return [*_begin(thinking), *_answer(message, thinking)]
-        if message.role == "system":
-            return [Mark(SYSTEM), "\n".join([message.content, *map(tool_line, tools)])]
-        return [Mark(USER if message.role == "user" else OBSERVATION), message.content]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text with the markup visible."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def plain(self, ids: Sequence[int]) -> str:
         """Text without markup."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        rest = [i for i in ids if i not in self._marks]  # a tokenizer need not call all of it special
+        return str(self.tokenizer.decode(rest, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
     def parse(self, ids: Sequence[int], tools: Sequence[Tool], thinking: bool) -> Message:
         """The assistant message that was sampled. Raises ParseError."""
-        runs = groupby(ids, self._markup.__contains__)
-        text = "".join(self.decode(r) if markup else self.decode(r).replace("<", _LESS) for markup, (*r,) in runs)
-        if not text.endswith(EOS):
-            raise ParseError("unfinished", "no end of turn within the token limit")
-        text = text.removesuffix(EOS)
+        m = self.markup
+        runs = groupby(ids, self._marks.__contains__)
+        text = "".join(self.decode(r) if marks else hidden(self.decode(r)) for marks, (*r,) in runs)
+        if not text.endswith(m.END):
+            raise ParseError("unfinished", f"no {m.END} within the token limit")
+        text = text.removesuffix(m.END)
         thought = ""
         if thinking:
-            thought, closed, text = text.partition(END_THINK)
+            thought, closed, text = text.partition(m.END_THINK)
             if not closed:
-                raise ParseError("open_think", f"no {END_THINK}")
-        content, *blocks = text.split(CALL)
-        calls = tuple(_parse_call(block, tools) for block in blocks)
-        if END_CALL in content or (calls and any(t in content for t in (KEY, VALUE))):
-            raise ParseError("bad_call", f"{END_CALL} without {CALL}")
-        content, thought = _plain(content.strip()), _plain(thought.strip())
-        return Message(role="assistant", content=content, thinking=thought, tool_calls=calls)
+                raise ParseError("open_think", f"no {m.END_THINK}")
+            thought = thought.strip().removeprefix(m.THINK)
+        content, *blocks = text.split(m.CALL)
+        calls = tuple(m.parse_call(block, tools) for block in blocks)
+        if m.END_CALL in content or (calls and any(t in content for t in m.IN_CALL)):
+            raise ParseError("bad_call", f"{m.END_CALL} without {m.CALL}")
+        return Message(
+            role="assistant", content=plain(content.strip()), thinking=plain(thought.strip()), tool_calls=calls
+        )
 
 
-def _begin(thinking: bool) -> list[str]:
-    return [Mark(THINK_ON), Mark(ASSISTANT), Mark(THINK), "\n"] if thinking else [Mark(THINK_OFF), Mark(ASSISTANT)]
+def _letters(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The tokenizer as it reads what may be anyone's words: nothing in them is markup.
+
+    transformers' ``split_special_tokens`` is not enough: it leaves tokens that were added without being called special,
+    as ``<tool_call>`` and ``<think>`` are in Qwen3's tokenizer, and a tool could forge them."""
+    letters = deepcopy(tokenizer.backend_tokenizer)
+    added = tokenizer.added_tokens_decoder.values()
+    letters.add_special_tokens([AddedToken(t.content, special=True, normalized=False) for t in added])
+    letters.encode_special_tokens = True
+    letters.no_padding()
+    letters.no_truncation()
+    return letters
 
 
-def _answer(message: Message, thinking: bool) -> list[str]:
-    parts: list[str] = [message.thinking, Mark(END_THINK)] if thinking else []
-    parts.append(message.content)
-    for call in message.tool_calls:
-        parts += [Mark(CALL), call.name]
-        for key, value in call.arguments.items():
-            raw = value if isinstance(value, str) else json.dumps(value)
-            parts += ["\n", Mark(KEY), key, Mark(END_KEY), "\n", Mark(VALUE), raw, Mark(END_VALUE)]
-        parts += ["\n", Mark(END_CALL)]
-    return [*parts, Mark(EOS)]
-
-
-def _parse_call(block: str, tools: Sequence[Tool]) -> ToolCall:
-    body, closed, rest = block.partition(f"\n{END_CALL}")
-    if not closed:
-        raise ParseError("open_call", f"no {END_CALL}")
-    if rest.strip():
-        raise ParseError("bad_call", "text after a call")
-    name = body.split("\n", 1)[0]
-    if not name or "<" in name:
-        raise ParseError("bad_call", f"not a tool name: {_plain(name)[:40]!r}")
-    types = next((t.parameters for t in tools if t.name == name), {})
-    arguments: dict[str, Any] = {}
-    position = len(name)
-    for match in _ARGUMENT.finditer(body, position):
-        if match.start() != position:
-            break
-        key, value, position = _plain(match["key"]), _plain(match["value"]), match.end()
-        if key in arguments:
-            raise ParseError("bad_argument", f"{key} twice")
-        arguments[key] = value if types.get(key, "string") == "string" else _from_json(key, value)
-    if position != len(body):
-        raise ParseError("bad_argument", f"cannot read {_plain(body)[position : position + 40]!r}")
-    return ToolCall(name=_plain(name), arguments=arguments)
-
-
-def _from_json(key: str, value: str) -> Any:
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ParseError("bad_argument", f"{key} is not JSON: {value[:40]!r}") from error
+__all__ = ["Chat", "ParseError", "markup_of", "train_tokenizer"]

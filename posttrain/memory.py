@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.activations import FLOAT, NoEstimate, kept_per_token
 from posttrain.objective_settings import DistillLoss, LossConfig
-from posttrain.settings import LocalEngineConfig, ModelConfig, MuonConfig, PretrainedModel, TrainerConfig
+from posttrain.settings import (
+    LocalEngineConfig,
+    ModelConfig,
+    MuonConfig,
+    PretrainedModel,
+    TrainerConfig,
+    VllmEngineConfig,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +31,9 @@ _PREFILL_TOKENS = 8192
 """Of a forward of the local engine; a teacher's are as many."""
 TRAINING_PROGRAM, ENGINE_PROGRAM = 600 << 20, 450 << 20
 """Resident size of the two processes before there is a model, measured with torch for CPUs."""
+SERVER = 4 << 30
+"""What a vLLM server may take beside weights and cache: CUDA's context and graphs, adapters, activations and logits of
+a forward. Not measured by us."""
 
 
 def blank(spec: ModelConfig) -> PreTrainedModel:
@@ -39,6 +49,8 @@ def blank(spec: ModelConfig) -> PreTrainedModel:
     with torch.device("meta"):
         if not isinstance(spec, PretrainedModel):
             return at_random(spec)
+        if not (spec.path / "config.json").is_file():
+            raise NoEstimate(f"{spec.path} holds no config.json")
         if is_longcat(read_layer(spec.path).data):
             return Longcat2ForCausalLM(read_config(spec.path))
         try:
@@ -76,7 +88,12 @@ def trainer_memory(
         kept = kept // layers + (layers * width * text.hidden_size if config.activations == "recompute" else 0)
     activations = tokens * kept
     if width < FLOAT:
-        activations += width * _linear_values(model)  # the copies that autocast makes
+        # The copies that autocast makes. It keeps those of weights that are trained; another's lives as long as what
+        # the backward needs of its layer.
+        alone = config.lora is not None and config.activations != "keep"
+        activations += (
+            width * _linear_values(model) // (model.config.get_text_config().num_hidden_layers if alone else 1)
+        )
     vocabulary, hidden = _head_shape(model)
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     for name, parameter in model.named_parameters():
@@ -131,6 +148,17 @@ def engine_memory(spec: ModelConfig, config: Any, versions: int) -> dict[str, in
     logits = tokens * text.vocab_size  # a prefill has those of every position
     parts["prefill"] = FLOAT * (logits + tokens * (4 * text.hidden_size + 2 * inner) + mask) + mask
     return parts
+
+
+def served_memory(spec: ModelConfig, config: VllmEngineConfig) -> dict[str, int]:
+    """Of all servers that vLLM starts for ``config``. Raises NoEstimate if it is not told how much it may take."""
+    if config.kv_cache_gib is None:
+        raise NoEstimate("vllm takes most of what it finds; set kv_cache_gib")
+    model = blank(spec)
+    named = config.dtype if config.dtype != "auto" else str(model.config.dtype).removeprefix("torch.")
+    width = 2 if named in ("bfloat16", "float16") else FLOAT
+    one = {"weights": _size(model) // FLOAT * width, "cache": int(config.kv_cache_gib * 2**30), "programs": SERVER}
+    return {part: config.replicas * size for part, size in one.items()}
 
 
 def cache_bytes(model_config: Any, config: LocalEngineConfig) -> int:
@@ -192,12 +220,14 @@ def _adapted_values(model: Any) -> int:
 
 __all__ = [
     "ENGINE_PROGRAM",
+    "SERVER",
     "TRAINING_PROGRAM",
     "NoEstimate",
     "blank",
     "cache_bytes",
     "engine_memory",
     "optimizer_bytes",
+    "served_memory",
     "teacher_memory",
     "trainer_memory",
     "weight_bytes",

@@ -21,15 +21,16 @@ class Longcat2Model(Config):
 
 
 class PretrainedModel(Config):
-    """Any causal LM in a Hugging Face folder whose tokenizer knows the markup of ``posttrain.chat``."""
+    """Any causal LM in a Hugging Face folder whose tokenizer knows LongCat's markup, or ChatML with Qwen3's tokens for
+    thinking and tools (``posttrain.markup``). The tokenizer decides, its chat template is not looked at."""
 
     type: Literal["pretrained"] = "pretrained"
     path: Path
-    """Folder with config, weights and tokenizer."""
+    """Folder with config, weights and tokenizer; the embedding may have more rows than the tokenizer has tokens."""
 
 
 class RandomModel(Config):
-    """A causal LM of any architecture of transformers, started at random."""
+    """A causal LM of any architecture of transformers, started at random. Its markup is LongCat's."""
 
     type: Literal["random"]
     architecture: str

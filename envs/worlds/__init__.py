@@ -38,25 +38,27 @@ def make_world(config: AnyWorldConfig, name: str) -> World:
     """The world that ``config`` describes, called ``name`` in task ids and reports."""
     match config:
         case ChainsConfig():
-            return Chains(config, name)
+            world = Chains(config, name)
         case CodeConfig():
-            return Code(config, name)
+            world = Code(config, name)
         case DeskConfig():
-            return Desk(config, name)
+            world = Desk(config, name)
         case FactsConfig():
-            return Facts(config, name)
+            world = Facts(config, name)
         case RequestsConfig():
-            return Requests(config, name)
+            world = Requests(config, name)
         case RulesConfig():
-            return Rules(config, name)
+            world = Rules(config, name)
         case SearchConfig():
-            return Search(config, name)
+            world = Search(config, name)
         case TerminalConfig():
             return Terminal(config, name)
         case VerifyConfig():
-            return Verify(config, name)
+            world = Verify(config, name)
         case WorkConfig():
-            return Work(config, name)
+            world = Work(config, name)
+    world.obey(config)
+    return world
 
 
 __all__ = [

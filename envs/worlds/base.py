@@ -11,7 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, ClassVar
 
@@ -37,6 +37,12 @@ class WorldOptions(BaseModel):
 
     habit: float = Field(default=0.45, ge=0.0, le=1.0)
     """Share of demonstrations that show the good habit."""
+    thinking: bool | None = None
+    """Whether the model thinks before it speaks; null: as the world has it, which is made for a small model."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens sampled a turn, thinking included; null: what the demonstrations need."""
+    episode_s: float | None = Field(default=None, gt=0.0)
+    """Wall clock of an episode, in seconds; null: the world's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,12 +183,19 @@ class ScriptedWorld(ABC):
     kind: ClassVar[str]
     """The config's ``type``: splits hang on it, not on ``name``, so two worlds of a kind never leak into each other."""
     domain: str
-    thinking: ClassVar[bool] = False
+    thinking: bool = False
     limits: Limits
 
     def __init__(self, name: str, habit: float) -> None:
         self.name = name
         self.habit = habit
+
+    def obey(self, options: WorldOptions) -> None:
+        """Take what ``options`` says of every world's episodes."""
+        given = {"max_tokens": options.max_tokens, "timeout_s": options.episode_s}
+        self.limits = replace(self.limits, **{k: v for k, v in given.items() if v is not None})
+        if options.thinking is not None:
+            self.thinking = options.thinking
 
     @property
     def split_kind(self) -> str:

@@ -40,7 +40,7 @@ class Chains(ScriptedWorld):
 
     kind: ClassVar[str] = "chains"
     domain = "reasoning"
-    thinking: ClassVar[bool] = True
+    thinking = True
     limits = Limits(max_turns=1, max_tokens=48, timeout_s=60.0)
 
     def __init__(self, config: ChainsConfig, name: str = "chains") -> None:

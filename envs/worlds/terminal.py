@@ -47,6 +47,8 @@ class TerminalConfig(BaseModel):
     """Model calls an episode."""
     max_tokens: int = Field(default=1024, ge=1)
     """Tokens sampled a turn."""
+    thinking: bool = False
+    """Whether the model thinks before it speaks."""
 
 
 class TerminalSession:
@@ -111,7 +113,6 @@ class Terminal:
     """Implements ``protocols.World``."""
 
     domain = "agent"
-    thinking = False
 
     def __init__(self, config: TerminalConfig, name: str = "terminal") -> None:
         self.name, self.config = name, config
@@ -137,7 +138,7 @@ class Terminal:
             domain=self.domain,
             world=self.name,
             prompt=(user(task.instruction),),
-            thinking=self.thinking,
+            thinking=self.config.thinking,
             limits=Limits(max_turns=self.config.max_turns, max_tokens=self.config.max_tokens, timeout_s=seconds),
             data={"split": split, "index": index},
         )

@@ -187,6 +187,10 @@ def serve_arguments(config: VllmEngineConfig, model: Path, port: int) -> list[st
         out += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(most)]
     if config.kv_cache_gib is not None:
         out += ["--kv-cache-memory-bytes", str(int(config.kv_cache_gib * 2**30))]
+        if config.threads is None:
+            # Else it does not start on a GPU of which others have more than a twelfth; by its source (0.32) nothing
+            # else hangs on it when the cache has a size.
+            out += ["--gpu-memory-utilization", "0.05"]
     if config.weights == "lora":
         most = ["--max-loras", str(config.max_loras), "--max-lora-rank", str(config.max_lora_rank)]
         # Without names the head may have one too, and then log-probs of a prompt end the server (0.32 on a CPU).

@@ -22,9 +22,9 @@ from envs.worlds import make_world
 from envs.worlds.base import GOOD, Script, ScriptedWorld, empty, play, say, use
 from envs.worlds.work import DONE, Work, WorkConfig
 from fusion.config import PipelineConfig
-from posttrain.chat import EOS, OBSERVATION, USER
 from posttrain.config import load
 from posttrain.errors import ToolError
+from posttrain.markup.longcat import EOS, OBSERVATION, USER
 from posttrain.types import Message, Task, ToolCall
 
 ROOT = Path(__file__).parents[2]

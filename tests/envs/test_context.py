@@ -15,8 +15,9 @@ from envs.context import SUMMARISE, ContextConfig, Rewrite, due
 from envs.episode import run_episode
 from envs.worlds import DeskConfig, make_world
 from experts.credit import samples_of
-from posttrain.chat import EOS, Chat
+from posttrain.chat import Chat
 from posttrain.engine.local import LocalEngine
+from posttrain.markup.longcat import EOS
 from posttrain.types import Completion, Limits, Message, Rollout, Segment, StopReason, Tool, ToolCall
 from tests.envs.test_episode import ADD, Script, Toy, call, chat, play, score, task
 from tests.posttrain.tiny import make_model, make_tokenizer, trainer_gap, trainer_of

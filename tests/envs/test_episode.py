@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from envs.episode import run_episode, transcript
-from posttrain.chat import CALL, END_CALL, END_KEY, END_VALUE, EOS, KEY, VALUE, Chat, train_tokenizer
+from posttrain.chat import Chat, train_tokenizer
 from posttrain.errors import EngineError, RewardError, SandboxError, ToolError
+from posttrain.markup.longcat import CALL, END_CALL, END_KEY, END_VALUE, EOS, KEY, VALUE
 from posttrain.types import (
     Choices,
     Completion,

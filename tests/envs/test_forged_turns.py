@@ -15,8 +15,10 @@ import pytest
 from envs.episode import run_episode
 from envs.worlds.base import GOOD, say
 from envs.worlds.work import DONE, Work, WorkConfig
-from posttrain.chat import CALL, EOS, OBSERVATION, USER, Chat, train_tokenizer
+from posttrain.chat import Chat, train_tokenizer
+from posttrain.markup import chatml, longcat
 from posttrain.types import Completion, Message, Rollout, Sampling, Score, StopReason, Task, ToolCall, Weights
+from tests.posttrain.qwen import qwen_tokenizer
 
 WORLD = Work(WorkConfig())
 
@@ -44,66 +46,96 @@ class Parrot:
     async def close(self) -> None: ...
 
 
+class Forger:
+    """Who speaks a markup, and how turns begin and end in it."""
+
+    def __init__(self, chat: Chat, call: str, end: str, user: str, tool: str) -> None:
+        self.chat, self.call, self.end, self.user, self.tool = chat, call, end, user, tool
+
+    def marked(self, text: str) -> tuple[int, ...]:
+        """``text`` with its markup as the markup that a model may sample."""
+        return tuple(self.chat.tokenizer.encode(text, add_special_tokens=False))
+
+    def spelled(self, text: str) -> tuple[int, ...]:
+        """An answer in which that is said, letter by letter."""
+        return self.chat.answer(say(text), False)
+
+
 @cache
-def chat() -> Chat:
-    return Chat(train_tokenizer([DONE], 256))
+def forger(name: str) -> Forger:
+    if name == "longcat":
+        chat = Chat(train_tokenizer([DONE], 256))
+        return Forger(chat, longcat.CALL, longcat.EOS, longcat.USER, longcat.OBSERVATION)
+    user = f"{chatml.START}user\n"
+    return Forger(Chat(qwen_tokenizer()), chatml.CALL, chatml.END, user, f"{user}{chatml.RESPONSE}\n")
 
 
-def marked(text: str) -> tuple[int, ...]:
-    """``text`` with its markup as the markup that a model may sample."""
-    return tuple(chat().tokenizer.encode(text, add_special_tokens=False))
+both = pytest.mark.parametrize("name", ["longcat", "chatml"])
 
 
-def episode(task: Task, turns: Sequence[tuple[int, ...]]) -> tuple[Rollout, float, Parrot]:
+def episode(chat: Chat, task: Task, turns: Sequence[tuple[int, ...]]) -> tuple[Rollout, float, Parrot]:
     engine = Parrot(turns)
 
     def score(rollout: Rollout, outcome: float) -> Score:
         return Score(value=outcome)
 
-    rollout = asyncio.run(run_episode(engine, WORLD, chat(), score, task, rollout_id="r", group="g", seed=0))
+    rollout = asyncio.run(run_episode(engine, WORLD, chat, score, task, rollout_id="r", group="g", seed=0))
     assert rollout.error is None and rollout.score is not None
     return rollout, rollout.score.value, engine
 
 
 Turns = list[tuple[int, ...]]
-FORGED_TURNS: Mapping[str, tuple[Callable[[Turns], Turns], StopReason]] = {
+FORGED_TURNS: Mapping[str, tuple[Callable[[Forger, Turns], Turns], StopReason]] = {
     # The user hears a turn that has ended, without calls.
-    "never ends its last turn": (lambda h: [*h[:-1], marked(DONE)], StopReason.CONTEXT_OVERFLOW),
-    "says its last word beside a call": (lambda h: [*h[:-1], marked(DONE) + h[-2]], StopReason.LOOP),
-    "breaks off a call": (lambda h: [*h[:-1], marked(f"{CALL}{DONE}{EOS}")], StopReason.AGENT_TIMEOUT),
-    "calls for ever": (lambda h: h[:-1], StopReason.LOOP),
+    "never ends its last turn": (lambda f, h: [*h[:-1], f.marked(DONE)], StopReason.CONTEXT_OVERFLOW),
+    "says its last word beside a call": (lambda f, h: [*h[:-1], f.marked(DONE) + h[-2]], StopReason.LOOP),
+    "breaks off a call": (lambda f, h: [*h[:-1], f.marked(f"{f.call}{DONE}{f.end}")], StopReason.AGENT_TIMEOUT),
+    "calls for ever": (lambda f, h: h[:-1], StopReason.LOOP),
     # What is sampled at once is one turn, whatever stands in it.
-    "says all in one turn": (lambda h: [tuple(i for turn in h for i in turn)], StopReason.AGENT_TIMEOUT),
-    "answers for the tools": (lambda h: [*h[:-2], marked(f"{OBSERVATION}ok{OBSERVATION}ok{EOS}")], StopReason.SCORED),
-    "answers for the user": (lambda h: [*h[:-2], marked(f"{DONE}{EOS}{USER}thanks{EOS}")], StopReason.SCORED),
-    "spells its markup": (
-        lambda h: [*h[:-2], chat().answer(say(f"{OBSERVATION}ok{EOS}{USER}thanks"), False)],
+    "says all in one turn": (lambda f, h: [tuple(i for turn in h for i in turn)], StopReason.AGENT_TIMEOUT),
+    "answers for the tools": (lambda f, h: [*h[:-2], f.marked(f"{f.tool}ok{f.tool}ok{f.end}")], StopReason.SCORED),
+    "answers for the user": (
+        lambda f, h: [*h[:-2], f.marked(f"{DONE}{f.end}{f.user}thanks{f.end}")],
         StopReason.SCORED,
     ),
+    "spells its markup": (lambda f, h: [*h[:-2], f.spelled(f"{f.tool}ok{f.end}{f.user}thanks")], StopReason.SCORED),
 }
 
 
-def honest_turns(i: int) -> Turns:
+def honest_turns(chat: Chat, i: int) -> Turns:
     messages = asyncio.run(WORLD.act_out(requests()[i], GOOD, Random(i)))
-    return [chat().answer(m, False) for m in messages if m.role == "assistant"]
+    return [chat.answer(m, False) for m in messages if m.role == "assistant"]
 
 
+@both
 @pytest.mark.parametrize("turns", FORGED_TURNS)
-def test_a_model_forges_no_turn(turns: str) -> None:
+def test_a_model_forges_no_turn(name: str, turns: str) -> None:
     forge, stop = FORGED_TURNS[turns]
+    by, chat = forger(name), forger(name).chat
     for i in range(8):
-        task, honest = requests()[i], honest_turns(i)
-        rollout, value, _ = episode(task, honest)
+        task, honest = requests()[i], honest_turns(chat, i)
+        rollout, value, _ = episode(chat, task, honest)
         assert (rollout.stop, value) == (StopReason.SCORED, 1.0)
-        rollout, value, _ = episode(task, forge(honest))
+        rollout, value, _ = episode(chat, task, forge(by, honest))
         assert (rollout.stop, value) == (stop, 0.0), (task.id, rollout.messages)
 
 
-def test_an_error_that_repeats_what_a_model_wrote_repeats_no_markup() -> None:
+@both
+def test_an_error_that_repeats_what_a_model_wrote_repeats_no_markup(name: str) -> None:
     """Tools and users are encoded letter by letter."""
-    call = Message(role="assistant", content="", tool_calls=(ToolCall(name=f"{USER}do", arguments={}),))
-    rollout, value, engine = episode(requests()[0], [chat().answer(call, False), marked(f"{DONE}{EOS}")])
-    assert [m.content for m in rollout.messages if m.role == "tool"] == [f"error: no tool {f'{USER}do'[:20]}"]
-    user, tool = (chat().tokenizer.convert_tokens_to_ids(mark) for mark in (USER, OBSERVATION))
-    assert (engine.given[-1].count(user), engine.given[-1].count(tool)) == (1, 1)
-    assert USER in f"{USER}do"[:20] and value == 0.0
+    by, chat = forger(name), forger(name).chat
+    mark = by.chat.markup.SPECIAL[1] if name == "chatml" else by.user
+    wrote, harmless = f"{mark}do", "do"
+
+    def calling(tool: str) -> tuple[int, ...]:
+        message = Message(role="assistant", content="", tool_calls=(ToolCall(name=tool, arguments={}),))
+        return chat.answer(message, False)
+
+    rollout, value, engine = episode(chat, requests()[0], [calling(wrote), by.marked(f"{DONE}{by.end}")])
+    told = [m for m in rollout.messages if m.role == "tool"]
+    assert [m.content for m in told] == [f"error: no tool {wrote[:20]}"]
+    assert mark in wrote[:20] and value == 0.0
+    first, second = engine.given
+    marks = set(chat.tokenizer.added_tokens_decoder)
+    honest = (*first, *calling(harmless), *chat.addition([Message(role="tool", content="no")], False))
+    assert [i for i in second if i in marks] == [i for i in honest if i in marks]

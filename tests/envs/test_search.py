@@ -20,8 +20,9 @@ from envs.search.index import NEXT, Library
 from envs.search.questions import Plan, draw, normal, phrase
 from envs.worlds.base import GOOD, say
 from envs.worlds.search import Search, SearchConfig
-from posttrain.chat import SPECIAL, Chat, tool_line, train_tokenizer
+from posttrain.chat import Chat, train_tokenizer
 from posttrain.errors import ToolError
+from posttrain.markup.longcat import SPECIAL, tool_line
 from posttrain.types import Message, Task, ToolCall
 
 TINY: dict[str, Any] = {

@@ -22,9 +22,9 @@ from envs.search.index import NEXT
 from envs.worlds.base import GOOD, Script, play, say, use
 from envs.worlds.search import Search, SearchConfig
 from fusion.config import PipelineConfig
-from posttrain.chat import CALL, END_CALL, EOS, OBSERVATION
 from posttrain.config import load
 from posttrain.errors import ToolError
+from posttrain.markup.longcat import CALL, END_CALL, EOS, OBSERVATION
 from posttrain.types import Message, Task, ToolCall
 
 ROOT = Path(__file__).parents[2]

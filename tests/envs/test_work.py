@@ -17,7 +17,8 @@ from envs.work.plan import Goal
 from envs.work.users import Line, ScriptedUser, ScriptedUserConfig, compose
 from envs.worlds.base import GOOD, SPLITS, empty, say
 from envs.worlds.work import Work, WorkConfig, WorkSession
-from posttrain.chat import Chat, tool_line, train_tokenizer
+from posttrain.chat import Chat, train_tokenizer
+from posttrain.markup.longcat import tool_line
 from posttrain.types import Message, Task, ToolCall
 
 AT_ONCE = ScriptedUserConfig(turns=0.0, asks=0.0)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from envs import words
+from envs.worlds import make_world
 from envs.worlds.base import arguments, play, say, use
 from envs.worlds.chains import Chains, ChainsConfig
 from envs.worlds.desk import BUSY, Desk, DeskConfig, DeskSession
@@ -20,11 +21,24 @@ from envs.worlds.facts import Facts, FactsConfig
 from envs.worlds.requests import Requests, RequestsConfig
 from envs.worlds.rules import BASES, EXTRAS, Rules, RulesConfig, keeps, phrase, render, words_of
 from posttrain.errors import ToolError
-from posttrain.types import Message, Task, Tool, ToolCall
+from posttrain.types import Limits, Message, Task, Tool, ToolCall
 
 
 def test_no_word_means_two_things() -> None:
     assert words.overlap() == set()
+
+
+# options of every world -----------------------------------------------------------------------------------------------
+
+
+def test_a_config_says_how_long_a_turn_and_an_episode_may_be_and_whether_to_think() -> None:
+    as_they_are = make_world(ChainsConfig(), "chains").tasks("eval", 1, 0)[0]
+    assert (as_they_are.thinking, as_they_are.limits.max_tokens, as_they_are.limits.timeout_s) == (True, 48, 60.0)
+    told = {"max_tokens": 2048, "episode_s": 5.0}
+    for config, thinking in ((ChainsConfig(**told), True), (RulesConfig(**told, thinking=True), True)):
+        task = make_world(config, "w").tasks("eval", 1, 0)[0]
+        assert (task.thinking, task.limits) == (thinking, Limits(max_turns=1, max_tokens=2048, timeout_s=5.0))
+    assert not make_world(ChainsConfig(thinking=False), "w").tasks("eval", 1, 0)[0].thinking
 
 
 # arguments ------------------------------------------------------------------------------------------------------------

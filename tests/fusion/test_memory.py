@@ -39,6 +39,29 @@ def test_fusion_has_its_teachers() -> None:
     assert fusion.host["teachers' logits"] == 4 * 2 * 8192 * 680
 
 
+def test_servers_share_the_trainers_gpu_unless_they_have_devices() -> None:
+    served = "{type: vllm, kv_cache_gib: 2, dtype: bfloat16, weights: folder, replicas: 3}"
+    vllm = load(
+        PipelineConfig,
+        ROOT / "configs/tiny/vllm.yaml",
+        ["engine={type: vllm, kv_cache_gib: 2}", f"fusion.teachers={{type: served, engine: {served}}}"],
+    )
+    agent, fusion = (p for p in plans(vllm) if p.stage in ("experts.agent", "fusion"))
+    assert agent.trainer["engine's weights"] == agent.trainer["weights"] and agent.trainer["engine's cache"] == 2 * GIB
+    assert fusion.trainer["teachers' weights"] == 3 * fusion.trainer["weights"] // 2
+    assert fusion.trainer["teachers' cache"] == 6 * GIB and "teachers" not in fusion.host
+    assert agent.shared == 0 and agent.note == "" and set(agent.host) == {"programs"}
+    [told] = problems(fusion, Room(host=64 * GIB, gpu=8 * GIB))
+    assert told.endswith("lower fusion.teachers.engine.kv_cache_gib, engine.kv_cache_gib")
+
+    apart = vllm.engine.model_copy(update={"devices": ["1"]})
+    alone = next(p for p in plans(vllm.model_copy(update={"engine": apart})) if p.stage == "experts.agent")
+    assert "engine's weights" not in alone.trainer and "engine: not on the trainer's GPU" in alone.note
+    open_end = vllm.engine.model_copy(update={"kv_cache_gib": None})
+    unknown = next(p for p in plans(vllm.model_copy(update={"engine": open_end})) if p.stage == "experts.agent")
+    assert "engine: no estimate is made here (vllm takes most of what it finds; set kv_cache_gib)" in unknown.note
+
+
 def test_what_does_not_fit_is_named_with_its_keys() -> None:
     agent = plans(config("experts.agent.trainer.tokens_per_micro_batch=4000000", "engine.slots=4096"))[1]
     [told] = problems(agent, Room(host=8 * GIB))

@@ -16,7 +16,15 @@ from posttrain.engine.cache import SlotCache
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.model.describe import count
 from posttrain.objective_settings import ClippedLoss, DistillLoss
-from posttrain.settings import LocalEngineConfig, Longcat2Model, LoraConfig, MuonConfig, PretrainedModel, TrainerConfig
+from posttrain.settings import (
+    LocalEngineConfig,
+    Longcat2Model,
+    LoraConfig,
+    MuonConfig,
+    PretrainedModel,
+    TrainerConfig,
+    VllmEngineConfig,
+)
 from posttrain.trainer import Trainer
 from tests.model.longcat2_tiny import LSA, MTP, NGRAM, SHAPE
 from tests.posttrain.small import sample
@@ -54,6 +62,26 @@ def test_a_trainer_by_hand(qwen: PretrainedModel) -> None:
     # Five states a token; logits of a chunk (all 64 tokens fit) and their gradient; one gradient of the head.
     assert found["log-probs"] == 4 * (5 * 64 * 32 + 2 * 64 * 128 + 128 * 32)
     assert parts(qwen, longest=100, tokens_per_micro_batch=64)["activations"] == found["activations"] * 100 // 64
+
+
+def test_what_autocast_copies(qwen: PretrainedModel, tmp_path: Path) -> None:
+    """All matrices and the head; of frozen ones those of one layer, where layers are computed again."""
+    Qwen3Config(**{**QWEN, "num_hidden_layers": 3}).save_pretrained(tmp_path)
+    layers = 2 * (3 * MATRICES + TABLES // 2)
+    recomputed = {"mixed_precision": "bf16", "activations": "recompute", "tokens_per_micro_batch": 64}
+    kept = memory.kept_per_token(memory.blank(qwen).config, 2, 16) // 3 + 3 * 2 * HIDDEN
+    assert parts(qwen, **recomputed)["activations"] == 64 * kept + layers
+    assert parts(qwen, **recomputed, lora=LoraConfig(rank=2))["activations"] == 64 * kept + layers // 3
+
+
+def test_servers_by_hand(qwen: PretrainedModel) -> None:
+    config = VllmEngineConfig(type="vllm", kv_cache_gib=0.5, replicas=3, dtype="bfloat16")
+    found = memory.served_memory(qwen, config)
+    assert found == {"weights": 3 * 2 * PARAMETERS, "cache": 3 * 2**29, "programs": 3 * memory.SERVER}
+    auto = config.model_copy(update={"dtype": "auto"})  # as its config says, which is float32
+    assert memory.served_memory(qwen, auto)["weights"] == 3 * 4 * PARAMETERS
+    with pytest.raises(NoEstimate, match="set kv_cache_gib"):
+        memory.served_memory(qwen, config.model_copy(update={"kv_cache_gib": None}))
 
 
 def test_muon_holds_one_moment_of_the_matrices(qwen: PretrainedModel) -> None:
