@@ -39,6 +39,8 @@ SPECIAL = (
     SYSTEM, USER, ASSISTANT, OBSERVATION, THINK_ON, THINK_OFF,
 )  # fmt: skip
 """In the order of their ids: pad 0, bos 1, eos 2 as in the family."""
+DECISIONS = (EOS, CALL, END_THINK)
+"""What a model decides with: to end the turn, to call a tool, to stop thinking."""
 
 CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text()
 
@@ -121,6 +123,7 @@ class Chat:
         self._special = {t: vocab[t] for t in SPECIAL}
         self._markup = frozenset(self._special.values())
         self.stop_ids: tuple[int, ...] = (self._special[EOS],)
+        self.decision_ids: tuple[int, ...] = tuple(self._special[t] for t in DECISIONS)
         self._encode = lru_cache(maxsize=65536)(self._encode_text)
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
