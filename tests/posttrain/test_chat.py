@@ -286,3 +286,12 @@ def test_a_tokenizer_without_the_markup_is_refused() -> None:
     lacking = PreTrainedTokenizerFast(tokenizer_object=type(bare.backend_tokenizer).from_str(json.dumps(vocabulary)))
     with pytest.raises(ValueError, match="the tokenizer lacks \\['<longcat_tool_call>'\\]"):
         Chat(lacking)
+
+
+def test_decisions_are_to_end_the_turn_to_call_and_to_stop_thinking() -> None:
+    assert [TOKENIZER.convert_ids_to_tokens(i) for i in CHAT.decision_ids] == [
+        "</longcat_s>",
+        "<longcat_tool_call>",
+        "</longcat_think>",
+    ]
+    assert set(CHAT.stop_ids) <= set(CHAT.decision_ids)

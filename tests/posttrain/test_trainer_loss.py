@@ -187,7 +187,7 @@ def _logits(model: Longcat2ForCausalLM, s: Sample) -> Tensor:
 def test_topk_says_how_much_of_both_policies_it_sums_over() -> None:
     """Over 30 of 61 tokens, once with every sampled token in it and once with none."""
     model = tiny()
-    logp_TV = torch.log_softmax(_logits(model, SAMPLES[0]), -1)[2:-1]
+    logp_TV = torch.log_softmax(_logits(model, SAMPLES[0]), -1)[2:-1].detach()
     for there in (True, False):
         rows = [[(i + 2 * k + (not there)) % 61 for k in range(30)] for i in SAMPLES[0].ids[3:]]
         mass = float(torch.gather(logp_TV, 1, torch.tensor(rows)).exp().sum(1).mean())
