@@ -51,7 +51,7 @@ from posttrain.groups import TaskSource, derive_seed
 from posttrain.journal import Journal, read_journal
 from posttrain.metrics import Metrics
 from posttrain.model.checkpoint import load_any
-from posttrain.objective_settings import TopkEstimator
+from posttrain.objective_settings import DistillLoss, TopkEstimator
 from posttrain.protocols import Teacher
 from posttrain.run import RunDir
 from posttrain.settings import LocalEngineConfig, PretrainedModel
@@ -253,7 +253,7 @@ class Pipeline:
             for world, share in worlds.items():
                 if weight:
                     shares[world] = weight * share / sum(worlds.values())
-        top_k, always = _support(c, base)
+        top_k, always = asked_of_teachers(c.loss, base)
         async with AsyncExitStack() as stack:
             if isinstance(c.teachers, ServedTeachers):
                 engine, work = c.teachers.engine, self.run.weights("teachers")
@@ -350,13 +350,13 @@ class Pipeline:
         return [journal]
 
 
-def _support(config: FusionConfig, base: Path) -> tuple[int, tuple[int, ...]]:
-    """What the objective asks of teachers beside the sampled tokens: so many likely ones, and these."""
-    estimator = config.loss.estimator
-    if not isinstance(estimator, TopkEstimator):
+def asked_of_teachers(loss: DistillLoss, base: Path) -> tuple[int, tuple[int, ...]]:
+    """How many likely tokens the objective wants judged beside the sampled one, and which always, by the markup of the
+    tokenizer in ``base``."""
+    if not isinstance(loss.estimator, TopkEstimator):
         return 0, ()
     decisions = Chat(AutoTokenizer.from_pretrained(base)).decision_ids
-    return estimator.support, decisions if estimator.decision_tokens else ()
+    return loss.estimator.support, decisions if loss.estimator.decision_tokens else ()
 
 
 def _made_from(config: ExpertConfig | FusionConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from posttrain.objective_settings import DistillLoss, TopkEstimator
 from tests.posttrain.objectives import ONE, logs, numbers, tokens
 
 TOPK = DistillLoss(estimator=TopkEstimator(type="topk"))
-OPEN = {"advantage_clip": 100.0, "gate_low": 1e-9, "gate_high": 1e9}
+OPEN: dict[str, Any] = {"advantage_clip": 100.0, "gate_low": 1e-9, "gate_high": 1e9}
 EXACT = TOPK.model_copy(update=OPEN)
 V = 6
 LOGITS = numbers(0.3, -1.0, 0.8, 0.1, -0.4, -3.0)
