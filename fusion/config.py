@@ -17,8 +17,16 @@ from experts.config import (
     LsaConversion,
 )
 from posttrain.config import Config
-from posttrain.objective_settings import DistillLoss
-from posttrain.settings import EngineConfig, LocalEngineConfig, LoopConfig, ModelConfig, TrainerConfig, VllmEngineConfig
+from posttrain.objective_settings import DistillLoss, TopkEstimator
+from posttrain.settings import (
+    EngineConfig,
+    LocalEngineConfig,
+    LoopConfig,
+    ModelConfig,
+    PretrainedModel,
+    TrainerConfig,
+    VllmEngineConfig,
+)
 from posttrain.watch_settings import WatchConfig
 
 
@@ -117,18 +125,7 @@ class PipelineConfig(Config):
                 f"{replaying[0]}.trainer.replay_choices: there is nothing to replay; set engine.record_choices to "
                 "true, which engine.type local has"
             )
-        served = self.fusion.teachers
-        if isinstance(served, ServedTeachers):
-            if served.engine.servers:
-                raise ValueError("fusion.teachers.engine.servers: teachers have servers of their own; leave it out")
-            if served.engine.weights == "send":
-                raise ValueError("fusion.teachers.engine.weights: teachers never change; use folder or lora")
-            wanted = 1 if served.engine.weights == "lora" else len(self.experts)
-            if served.engine.replicas != wanted:
-                raise ValueError(f"fusion.teachers.engine.replicas: there is one server a teacher; set it to {wanted}")
-            for expert, spec in self.experts.items():
-                if served.engine.weights == "lora" and spec.trainer.lora is None:
-                    raise ValueError(f"experts.{expert}.trainer.lora: fusion.teachers.engine.weights lora needs it")
+        _taught(self)
         if isinstance(self.engine, VllmEngineConfig):
             _served_by_vllm(self, self.engine)
         if self.model.type == "longcat2":
@@ -137,6 +134,36 @@ class PipelineConfig(Config):
         if self.cold_start is None and self.model.type != "pretrained":
             raise ValueError("cold_start: a model that starts at random needs one; set it or use model.type pretrained")
         return self
+
+
+def _taught(config: PipelineConfig) -> None:
+    """Raises ValueError, with the key, for teachers that cannot be or cannot say what the objective asks of them."""
+    estimator, served = config.fusion.loss.estimator, config.fusion.teachers
+    support = estimator.support if isinstance(estimator, TopkEstimator) else 0
+    if not isinstance(config.model, PretrainedModel) and support > config.model.vocab_size:
+        raise ValueError(f"fusion.loss.estimator.support: model.vocab_size is {config.model.vocab_size}; lower it")
+    if not isinstance(served, ServedTeachers):
+        return
+    if served.engine.servers:
+        raise ValueError("fusion.teachers.engine.servers: teachers have servers of their own; leave it out")
+    if served.engine.weights == "send":
+        raise ValueError("fusion.teachers.engine.weights: teachers never change; use folder or lora")
+    wanted = 1 if served.engine.weights == "lora" else len(config.experts)
+    if served.engine.replicas != wanted:
+        raise ValueError(f"fusion.teachers.engine.replicas: there is one server a teacher; set it to {wanted}")
+    for expert, spec in config.experts.items() if served.engine.weights == "lora" else ():
+        if spec.trainer.lora is None:
+            raise ValueError(f"experts.{expert}.trainer.lora: fusion.teachers.engine.weights lora needs it")
+        if spec.trainer.lora.rank > served.engine.max_lora_rank:
+            raise ValueError(
+                f"fusion.teachers.engine.max_lora_rank: {served.engine.max_lora_rank} is less than "
+                f"experts.{expert}.trainer.lora.rank"
+            )
+    if support > served.engine.max_logprobs:
+        raise ValueError(
+            f"fusion.teachers.engine.max_logprobs: {served.engine.max_logprobs} is less than "
+            f"fusion.loss.estimator.support; set it to {support}, or lower that"
+        )
 
 
 def _served_by_vllm(config: PipelineConfig, engine: VllmEngineConfig) -> None:

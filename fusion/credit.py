@@ -24,4 +24,7 @@ class TeacherCredit:
             return []
         teacher = self.teachers[samples[0].domain]
         scores = teacher.score([s.ids for s in samples], [s.sampled for s in samples])
-        return [replace(s, teacher_logprobs=t.logprobs) for s, t in zip(samples, scores, strict=True)]
+        return [
+            replace(s, teacher_logprobs=t.logprobs, teacher_support=t.support)
+            for s, t in zip(samples, scores, strict=True)
+        ]

@@ -51,6 +51,7 @@ from posttrain.groups import TaskSource, derive_seed
 from posttrain.journal import Journal, read_journal
 from posttrain.metrics import Metrics
 from posttrain.model.checkpoint import load_any
+from posttrain.objective_settings import DistillLoss, TopkEstimator
 from posttrain.protocols import Teacher
 from posttrain.run import RunDir
 from posttrain.settings import LocalEngineConfig, PretrainedModel
@@ -252,12 +253,13 @@ class Pipeline:
             for world, share in worlds.items():
                 if weight:
                     shares[world] = weight * share / sum(worlds.values())
+        top_k, always = asked_of_teachers(c.loss, base)
         async with AsyncExitStack() as stack:
             if isinstance(c.teachers, ServedTeachers):
-                work = self.run.weights("teachers")
-                judges: Mapping[str, Teacher] = await start_teachers(c.teachers.engine, base, teachers, work, stack)
+                engine, work = c.teachers.engine, self.run.weights("teachers")
+                judges: Mapping[str, Teacher] = await start_teachers(engine, base, teachers, work, stack, top_k, always)
             else:
-                judges = {domain: ModelTeacher(folder) for domain, folder in teachers.items()}
+                judges = {d: ModelTeacher(folder, top_k=top_k, always=always) for d, folder in teachers.items()}
             return await self._distil(base, judges, shares, seed)
 
     async def _distil(
@@ -346,6 +348,15 @@ class Pipeline:
             for rollout in rollouts:
                 out.write(record(rollout))
         return [journal]
+
+
+def asked_of_teachers(loss: DistillLoss, base: Path) -> tuple[int, tuple[int, ...]]:
+    """How many likely tokens the objective wants judged beside the sampled one, and which always, by the markup of the
+    tokenizer in ``base``."""
+    if not isinstance(loss.estimator, TopkEstimator):
+        return 0, ()
+    decisions = Chat(AutoTokenizer.from_pretrained(base)).decision_ids
+    return loss.estimator.support, decisions if loss.estimator.decision_tokens else ()
 
 
 def _made_from(config: ExpertConfig | FusionConfig) -> dict[str, Any]:

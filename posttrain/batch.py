@@ -1,7 +1,8 @@
 """Samples packed into tensors.
 
-Shapes: B sequences, T tokens (right-padded), L layers, O indexers a layer, K chosen. Position t of a per-token tensor
-speaks of token t, whose log-prob comes from the logits at t-1; position 0 is never trained.
+Shapes: B sequences, T tokens (right-padded), N trained tokens row by row, L layers, O indexers a layer, K chosen, or of
+a support. Position t of a per-token tensor speaks of token t, whose log-prob comes from the logits at t-1; position 0
+is never trained.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from posttrain.prompts import Prompts, shared, stack, without
-from posttrain.types import Choices, Sample
+from posttrain.types import Choices, Sample, Support
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,10 @@ class Batch:
     """Policy versions that sampled, int32; of no meaning where nothing is trained."""
     teacher_BT: Tensor | None
     """Teacher log-probs, if a teacher gives the signal."""
+    support_NK: Tensor | None = None
+    """Ids of other tokens that the teacher judged, int64, -1 for none; if it did."""
+    support_teacher_NK: Tensor | None = None
+    """Teacher log-probs of these."""
     slots_BTLK: Tensor | None = None
     """Recorded MoE slots of every layer, int32, -1 where there is no record; only on demand."""
     columns_BTLOK: Tensor | None = None
@@ -45,6 +50,15 @@ class Batch:
         """The same batch elsewhere."""
         moved = {f.name: t.to(device) for f in fields(self) if (t := getattr(self, f.name)) is not None}
         return replace(self, **moved)
+
+    @property
+    def judged_ids(self) -> Tensor:
+        """Token ids whose log-probs a step asks of the policy: the trained ones, ``[N]``, and where there is a support
+        its own after them, ``[N, 1 + K]``, with the trained one again where a row is filled up."""
+        ids_N = self.ids_BT[:, 1:][self.sampled_BT[:, 1:]]
+        if self.support_NK is None:
+            return ids_N
+        return torch.cat([ids_N[:, None], torch.where(self.support_NK < 0, ids_N[:, None], self.support_NK)], 1)
 
 
 def pack(
@@ -110,6 +124,7 @@ def _tensors(samples: Sequence[Sample]) -> Batch:
     sampled_BT[:, 0] = False
     versions = [(s.oldest_version,) * len(s.ids) if s.versions is None else s.versions for s in samples]
     teachers = [s.teacher_logprobs for s in samples]
+    support_NK, support_teacher_NK = _support([s.teacher_support for s in samples])
     return Batch(
         ids_BT=pad([s.ids for s in samples], np.int64),
         real_BT=pad([[True] * len(s.ids) for s in samples], np.bool_),
@@ -118,7 +133,24 @@ def _tensors(samples: Sequence[Sample]) -> Batch:
         advantages_BT=pad([s.advantages for s in samples], np.float32),
         versions_BT=pad(versions, np.int32),
         teacher_BT=None if None in teachers else pad([t for t in teachers if t is not None], np.float32),
+        support_NK=support_NK,
+        support_teacher_NK=support_teacher_NK,
     )
+
+
+def _support(supports: Sequence[Support | None]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Ids and log-probs of all rows, filled up to the widest; nothing if a sample has none."""
+    found = [s for s in supports if s is not None]
+    if len(found) < len(supports):
+        return None, None
+    width = max(s.width for s in found)
+
+    def rows(values: Sequence[bytes], dtype: str, fill: float) -> Tensor:
+        of_each = [np.frombuffer(v, dtype).reshape(-1, s.width) for v, s in zip(values, found, strict=True)]
+        wide = [np.pad(v, ((0, 0), (0, width - v.shape[1])), constant_values=fill) for v in of_each]
+        return torch.from_numpy(np.concatenate(wide))
+
+    return rows([s.ids for s in found], "<i4", -1).long(), rows([s.logprobs for s in found], "<f4", 0.0)
 
 
 def _choices(choices: Sequence[Choices], width: int) -> tuple[Tensor, Tensor | None]:

@@ -78,6 +78,9 @@ class Chat:
         self._special = {t: vocab[t] for t in self.markup.SPECIAL}
         self._marks = frozenset(self._special.values())
         self.stop_ids: tuple[int, ...] = tuple(self._special[t] for t in self.markup.STOPS)
+        decisions = (self.markup.END, self.markup.CALL, self.markup.END_THINK)
+        # To end the turn, to call a tool, to stop thinking.
+        self.decision_ids: tuple[int, ...] = tuple(self._special[t] for t in decisions)
         self._letters = _letters(tokenizer)
         self._encode = lru_cache(maxsize=65536)(self._encode_text)
 

@@ -4,7 +4,7 @@ and again backwards, and what a chunk needs is forgotten with it.
 Memory beyond the gradients is that of one chunk of logits instead of several copies of ``[N, V]``; on a CPU a chunk
 stays in the cache, which pays for computing it twice.
 
-Shapes: N tokens, D hidden, V vocabulary, C rows of a chunk.
+Shapes: N tokens, D hidden, V vocabulary, C rows of a chunk, M ids a row.
 """
 
 from __future__ import annotations
@@ -44,29 +44,33 @@ def bare(head: nn.Linear) -> Iterator[None]:
 
 
 def token_logprobs(
-    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, dtype: torch.dtype | None = None, chunk: int | None = None
+    hidden_ND: Tensor, weight_VD: Tensor, ids: Tensor, dtype: torch.dtype | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``log_softmax(hidden @ weight.T)[n, ids[n]]`` and the entropy of every row, ``[N]`` each, in float32.
+    """``log_softmax(hidden @ weight.T)[n, ids[n]]``, in the shape of ``ids``, and the entropy of every row, ``[N]``, in
+    float32.
 
-    The product is in ``dtype`` (None: that of the hidden states), all that follows in float32. Both are differentiable:
+    ``ids``: one a row, ``[N]``, or several, ``[N, M]``: no two of them alike, but any may equal the row's first. The
+    product is in ``dtype`` (None: that of the hidden states), all that follows in float32. Both are differentiable:
     with z the logits, p their softmax and H the entropy, d logp / dz = onehot - p and dH / dz = -p (log p + H).
     ``chunk``: logits held at once."""
     wanted = chunk or CHUNK.get(hidden_ND.device.type, CHUNK["cuda"])
-    rows = max(1, wanted // weight_VD.shape[0])
-    return _TokenLogprobs.apply(hidden_ND, weight_VD, ids_N, dtype or hidden_ND.dtype, rows)  # pyright: ignore[reportReturnType]
+    rows, ids_NM = max(1, wanted // weight_VD.shape[0]), ids if ids.dim() == 2 else ids[:, None]
+    found: Any = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_NM, dtype or hidden_ND.dtype, rows)
+    logp_NM, entropy_N = found
+    return logp_NM.view_as(ids), entropy_N
 
 
-def _read(logits_CV: Tensor, ids_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs, log of the sum of exponentials, and entropies of a chunk, ``[C]``."""
+def _read(logits_CV: Tensor, ids_CM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs ``[C, M]``, log of the sum of exponentials and entropies ``[C]`` of a chunk."""
     z_CV = logits_CV.float()
     # One exponential for both: H = log sum exp z - sum p z.
     z_CV = z_CV - z_CV.amax(-1, keepdim=True)
     weight_CV = z_CV.exp()
     sum_C = weight_CV.sum(-1)
     log_C = sum_C.log()
-    logp_C = z_CV.gather(1, ids_C[:, None])[:, 0] - log_C
-    total_C = logits_CV.gather(1, ids_C[:, None])[:, 0].float() - logp_C
-    return logp_C, total_C, log_C - (weight_CV * z_CV).sum(-1) / sum_C
+    logp_CM = z_CV.gather(1, ids_CM) - log_C[:, None]
+    total_C = logits_CV.gather(1, ids_CM[:, :1])[:, 0].float() - logp_CM[:, 0]
+    return logp_CM, total_C, log_C - (weight_CV * z_CV).sum(-1) / sum_C
 
 
 def _grad(logits_CV: Tensor, total_C: Tensor, entropy_C: Tensor, by_logp_C: Tensor, by_entropy_C: Tensor) -> Tensor:
@@ -91,40 +95,50 @@ def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any
     return _fused(function) if device.type == "cuda" and find_spec("triton") is not None else function
 
 
+def _own(ids_NM: Tensor, logp_NM: Tensor, entropy_N: Tensor, by_logp_NM: Tensor, by_entropy_N: Tensor | None) -> Tensor:
+    """Gradient of the tokens' own logits, in float32: 1 - p is nothing in fewer bits where p is nearly 1."""
+    at_NM = by_logp_NM.sum(1, keepdim=True)
+    if by_entropy_N is not None:
+        at_NM = at_NM + by_entropy_N[:, None] * (logp_NM + entropy_N[:, None])
+    if ids_NM.shape[1] > 1:  # what equals the first is the same logit, which is written once
+        first_NM = ids_NM == ids_NM[:, :1]
+        by_logp_NM = torch.where(first_NM, (by_logp_NM * first_NM).sum(1, keepdim=True), by_logp_NM)
+    return by_logp_NM - logp_NM.exp() * at_NM
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """See ``token_logprobs``."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, dtype: torch.dtype, rows: int
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_NM: Tensor, dtype: torch.dtype, rows: int
     ) -> tuple[Tensor, Tensor]:
-        """Both results; kept for the way back are the inputs and two numbers a row."""
+        """Both results; kept for the way back are the inputs, the results and a number a row."""
         weight, read = weight_VD.to(dtype), _on(hidden_ND.device, _read)
-        logp_N = hidden_ND.new_empty(len(ids_N), dtype=torch.float32)
-        total_N, entropy_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
-        for a in range(0, len(ids_N), rows):
+        logp_NM = hidden_ND.new_empty(ids_NM.shape, dtype=torch.float32)
+        total_N, entropy_N = logp_NM.new_empty(len(ids_NM)), logp_NM.new_empty(len(ids_NM))
+        for a in range(0, len(ids_NM), rows):
             part = slice(a, a + rows)
             logits_CV = hidden_ND[part].to(dtype) @ weight.T
-            logp_N[part], total_N[part], entropy_N[part] = read(logits_CV, ids_N[part])
-        ctx.save_for_backward(hidden_ND, weight_VD, ids_N, total_N, logp_N, entropy_N)
+            logp_NM[part], total_N[part], entropy_N[part] = read(logits_CV, ids_NM[part])
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_NM, total_N, logp_NM, entropy_N)
         ctx.dtype, ctx.rows = dtype, rows
         ctx.set_materialize_grads(False)
-        return logp_N, entropy_N
+        return logp_NM, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of hidden states and weight."""
-        hidden_ND, weight_VD, ids_N, total_N, logp_N, entropy_N = ctx.saved_tensors
-        by_logp_N, by_entropy_N = grads
-        if by_logp_N is None:
-            by_logp_N = torch.zeros_like(total_N)
-        # Of the tokens themselves, in float32: 1 - p is nothing in fewer bits where p is nearly 1.
-        at_N = by_logp_N if by_entropy_N is None else by_logp_N + by_entropy_N * (logp_N + entropy_N)
-        own_N = (by_logp_N - logp_N.exp() * at_N).to(ctx.dtype)
+        hidden_ND, weight_VD, ids_NM, total_N, logp_NM, entropy_N = ctx.saved_tensors
+        by_logp_NM, by_entropy_N = grads
+        if by_logp_NM is None:
+            by_logp_NM = torch.zeros_like(logp_NM)
+        own_NM = _own(ids_NM, logp_NM, entropy_N, by_logp_NM, by_entropy_N).to(ctx.dtype)
+        by_logp_N = by_logp_NM.sum(1)
         weight, wanted = weight_VD.to(ctx.dtype), ctx.needs_input_grad
         grad_hidden_ND = torch.empty_like(hidden_ND) if wanted[0] else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
-        for a in range(0, len(ids_N), ctx.rows):
+        for a in range(0, len(ids_NM), ctx.rows):
             part = slice(a, a + ctx.rows)
             hidden_CD, by_logp_C = hidden_ND[part].to(ctx.dtype), by_logp_N[part]
             logits_CV = hidden_CD @ weight.T
@@ -133,7 +147,7 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 grad = _on(hidden_ND.device, _grad)
                 grad_CV = grad(logits_CV, total_N[part], entropy_N[part], by_logp_C, by_entropy_N[part])
-            grad_CV.scatter_(1, ids_N[part, None], own_N[part, None])
+            grad_CV.scatter_(1, ids_NM[part], own_NM[part])
             if grad_hidden_ND is not None:
                 grad_hidden_ND[part] = grad_CV @ weight
             if grad_weight_VD is not None and ctx.dtype == torch.float32:

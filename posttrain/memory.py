@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from posttrain.activations import FLOAT, NoEstimate, kept_per_token
-from posttrain.objective_settings import DistillLoss, LossConfig
+from posttrain.objective_settings import DistillLoss, LossConfig, TopkEstimator
 from posttrain.settings import (
     LocalEngineConfig,
     ModelConfig,
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _PREFILL_TOKENS = 8192
 """Of a forward of the local engine; a teacher's are as many."""
+_PER_JUDGED = 48
+"""Bytes of a token of a support: its id twice, both policies' log-probs, what the loss makes of them, gradients."""
 TRAINING_PROGRAM, ENGINE_PROGRAM = 600 << 20, 450 << 20
 """Resident size of the two processes before there is a model, measured with torch for CPUs."""
 SERVER = 4 << 30
@@ -115,7 +117,9 @@ def trainer_memory(
         parts["log-probs"] = _head_bytes(
             tokens, vocabulary, hidden, head.weight.requires_grad * (1 + tied), CHUNK.get(device, CHUNK["cuda"])
         )
-    step = parts["activations"] + parts["log-probs"]
+    if isinstance(loss, DistillLoss) and isinstance(loss.estimator, TopkEstimator):
+        parts["support"] = _PER_JUDGED * tokens * loss.estimator.support
+    step = parts["activations"] + parts["log-probs"] + parts.get("support", 0)
     merged = FLOAT * _adapted_values(model) if config.lora is not None else 0
     if merged > step:  # while weights are published nothing else of a step is there
         parts["merged adapters"] = merged - step

@@ -5,7 +5,7 @@ optimizer step, so that neither padding nor the split into micro-batches changes
 needs all of its tokens in one micro-batch.
 
 Shapes: N trained tokens of one micro-batch, row by row; B rows, each the whole of one response (a rollout has one a
-branch). pi, prox, mu: see ``posttrain.objective_settings``.
+branch); K tokens of a support. pi, prox, mu: see ``posttrain.objective_settings``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from posttrain.objective_settings import (
     LossConfig,
     PolicyLossConfig,
     Reduction,
+    TopkEstimator,
 )
 
 Stats = dict[str, float]
@@ -35,6 +36,19 @@ _MAX_LOG_RATIO = 20.0
 """A ratio beyond is cut, not infinite: infinity times the zero of a mask has no gradient."""
 _MAX_LOG_PRODUCT = 50.0
 """The same for a product over a response: its square is still a number."""
+
+
+class OnSupport(NamedTuple):
+    """Two policies on the tokens that the teacher named, whichever was sampled."""
+
+    pi_NK: Tensor
+    """Log-probs that carry the gradient."""
+    teacher_NK: Tensor
+    """Log-probs of the teacher."""
+    there_NK: Tensor
+    """False where a row is filled up."""
+    holds_N: Tensor
+    """True where the sampled token is one of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +71,8 @@ class Tokens:
     """Log-probs of the policy that the stage began with, if the objective uses it."""
     teacher_N: Tensor | None = None
     """Log-probs of the teacher, if the objective uses one."""
+    support: OnSupport | None = None
+    """What else the teacher said, if the objective uses it."""
 
     @property
     def length_B(self) -> Tensor:
@@ -147,7 +163,8 @@ def policy_terms(tokens: Tokens, config: PolicyLossConfig) -> Terms:
 
 
 def distill_terms(tokens: Tokens, config: DistillLoss) -> Terms:
-    """``-w * sg[clip(log teacher - log pi, +-5)] * log pi`` with the gate ``w = sg[pi/mu]`` inside [low, high], else 0.
+    """``-w * A * log pi`` with ``A = sg[clip(log teacher - log pi, +-5)]`` and the gate ``w = sg[pi/mu]`` inside
+    [low, high], else 0; with the estimator topk what ``_over_support`` says.
 
     The log-ratio is an advantage (stop-gradient): differentiated directly, the teacher would vanish from the gradient.
     A response's length does not shrink when tokens are gated."""
@@ -163,7 +180,39 @@ def distill_terms(tokens: Tokens, config: DistillLoss) -> Terms:
         "advantage_clipped": (raw_N.abs() > config.advantage_clip).sum().item(),
         "kl_teacher": (-raw_N).sum().item(),
     }
-    return Terms(-torch.where(inside_N, ratio_N, 0.0) * advantage_N * tokens.pi_N, ~inside_N, stats)
+    sampled_N = -torch.where(inside_N, ratio_N, 0.0) * advantage_N * tokens.pi_N
+    if not isinstance(config.estimator, TopkEstimator):
+        return Terms(sampled_N, ~inside_N, stats)
+    if tokens.support is None:
+        raise ValueError("the estimator topk needs the support of a teacher in every sample")
+    head_N, masses = _over_support(tokens.support, config.advantage_clip)
+    terms_N = torch.where(inside_N, head_N, 0.0) + torch.where(tokens.support.holds_N, 0.0, sampled_N)
+    return Terms(terms_N, ~inside_N, {**stats, **masses})
+
+
+def _over_support(support: OnSupport, clip: float) -> tuple[Tensor, Stats]:
+    """What the support S adds to the term of every token, [N]: ``-sum over v in S of sg[pi(v)] A(v) log pi(v)``; the
+    sampled token y adds its own ``-w A(y) log pi(y)`` if S does not hold it.
+
+    Unclipped, with r = log pi/teacher, the gradient is ``sum_S pi r grad log pi + [y not in S] w r(y) grad log pi(y)``:
+    head and sampled tail, as in pull request 3608 of NVIDIA-NeMo/RL. Its mean over y from mu is the gradient of KL(pi
+    || teacher) on the way taken, ``sum over all v of pi r grad log pi`` (DeepSeek-V4, arXiv 2606.19348, section 5.1.2),
+    whatever S is, as long as S does not hang on y: the sum takes the place of its own estimate, and needs no weight
+    since y has no part in it. Clipped, the mean is that of the estimator sampled.
+
+    The head alone is the gradient of the generalised KL ``sum_S [pi r - pi + teacher]`` (MOPD, arXiv 2606.30406, Eq. 5)
+    and leaves free how the mass beyond S is split; the truncated ``sum_S pi r`` is at rest where the student's mass on
+    S is 1/e of the teacher's."""
+    pi_NK = support.pi_NK.detach()
+    p_NK = torch.where(support.there_NK, pi_NK.exp(), 0.0)
+    advantage_NK = (support.teacher_NK - pi_NK).clamp(-clip, clip)
+    teacher_NK = torch.where(support.there_NK, support.teacher_NK.exp(), 0.0)
+    masses = {
+        "teacher_mass": teacher_NK.sum().item(),
+        "student_mass": p_NK.sum().item(),
+        "tail": (~support.holds_N).sum().item(),
+    }
+    return -(p_NK * advantage_NK * support.pi_NK).sum(-1), masses
 
 
 def means(sums: Stats, updates: int) -> Stats:

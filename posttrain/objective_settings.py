@@ -125,10 +125,30 @@ class CispoLoss(PolicyLoss):
     """The ratio is a weight (stop-gradient), cut here."""
 
 
+class SampledEstimator(Config):
+    """The divergence is judged by the token that was sampled: one number a token from the teacher."""
+
+    type: Literal["sampled"] = "sampled"
+
+
+class TopkEstimator(Config):
+    """It is summed over what the teacher finds most likely, and judged by the sampled token where that is another: the
+    same in the mean, with less noise."""
+
+    type: Literal["topk"]
+    support: Annotated[int, Field(gt=0)] = 32
+    """The teacher's most likely tokens at a position. They take ``8 * support`` bytes a trained token."""
+    decision_tokens: bool = True
+    """Sum over the tokens with which the chat's markup ends a turn, a thought, or opens a call too, however unlikely
+    they are to the teacher (arXiv 2607.07050)."""
+
+
 class DistillLoss(Config):
-    """Sampled-token multi-teacher on-policy distillation (MiMo-V2-Flash, arXiv 2601.02780, Eq. 5-9)."""
+    """Multi-teacher on-policy distillation (MiMo-V2-Flash, arXiv 2601.02780, Eq. 5-9)."""
 
     type: Literal["mopd"] = "mopd"
+    estimator: Annotated[SampledEstimator | TopkEstimator, Field(discriminator="type")] = SampledEstimator()
+    """Of the reverse KL to the teacher."""
     advantage_clip: Annotated[float, Field(gt=0)] = 5.0
     """The log-ratio to the teacher is cut to +- this."""
     gate_low: Annotated[float, Field(gt=0)] = 0.5

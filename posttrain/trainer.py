@@ -29,7 +29,7 @@ from posttrain.mismatch import Gaps, Mismatch
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.model.layer import LayerReplay
 from posttrain.model.outputs import Longcat2CausalOutput
-from posttrain.objective import Extent, Tokens
+from posttrain.objective import Extent, OnSupport, Tokens
 from posttrain.objective_settings import DistillLoss, LossConfig
 from posttrain.optim import make_optimizer
 from posttrain.prompts import can_share, read
@@ -188,7 +188,8 @@ class Trainer:
         mismatch: Mismatch,
     ) -> None:
         batch = batch.to(self.accelerator.device)
-        pi_N, entropy_N, aux = self._logprobs(batch, True)
+        found, entropy_N, aux = self._logprobs(batch, True)
+        pi_N, support = _on_support(batch, found)
         mask_BT = batch.sampled_BT
         tokens = Tokens(
             pi_N=pi_N,
@@ -199,6 +200,7 @@ class Trainer:
             entropy_N=entropy_N,
             reference_N=earlier.reference_N,
             teacher_N=None if batch.teacher_BT is None else batch.teacher_BT[mask_BT],
+            support=support,
         )
         total, stats, gated_N = objective.loss(tokens, self.loss, extent)
         mismatch.add(tokens.prox_N - tokens.mu_N, batch.versions_BT[mask_BT], gated_N)
@@ -212,8 +214,8 @@ class Trainer:
     def _logprobs(
         self, batch: Batch, with_grad: bool, model: nn.Module | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs and entropies ``[N]`` of the sampled tokens, row by row; and the model's auxiliary loss, a mean
-        over real tokens, if it has one. ``model``: another than the one being trained."""
+        """Log-probs of ``batch.judged_ids`` and entropies ``[N]`` of the sampled tokens, row by row; and the model's
+        auxiliary loss, a mean over real tokens, if it has one. ``model``: another than the one being trained."""
         batch = batch.to(self.accelerator.device)
         # Padding is at the right, where causality hides it; our model is told of it for its expert load alone.
         extra: dict[str, Any] = {}
@@ -227,19 +229,19 @@ class Trainer:
             extra["past_key_values"] = None if batch.prompts is None else read(model, batch.prompts)
             out = model(use_cache=batch.prompts is not None, **extra)
         learns_entropy = not isinstance(self.loss, DistillLoss) and self.loss.entropy > 0
-        ids_N = batch.ids_BT[:, 1:][batch.sampled_BT[:, 1:]]
+        ids = batch.judged_ids
         with torch.set_grad_enabled(with_grad):
             found_N = out.logits[:, :-1][batch.sampled_BT[:, 1:]] if row is None else out.logits[0, row.before_N]
             if head is not None:
                 dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
-                pi_N, entropy_N = token_logprobs(found_N, head.weight, ids_N, dtype)
+                pi, entropy_N = token_logprobs(found_N, head.weight, ids, dtype)
             else:
                 logp_NV = torch.log_softmax(found_N.float(), dim=-1)
-                pi_N = logp_NV.gather(1, ids_N[:, None])[:, 0]
+                pi = logp_NV.gather(1, ids.view(len(ids), -1)).view_as(ids)
                 entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
         if not learns_entropy:
             entropy_N = entropy_N.detach()
-        return pi_N, entropy_N, out.aux_loss if isinstance(out, Longcat2CausalOutput) else None
+        return pi, entropy_N, out.aux_loss if isinstance(out, Longcat2CausalOutput) else None
 
     def weights(self) -> dict[str, Tensor]:
         """The policy's state dict as the engine's model has it; adapters are added in, without touching the base."""
@@ -317,6 +319,14 @@ def _compile(model: PreTrainedModel) -> None:
         )
     # In place, so that names of weights stay. Not the head, which token_logprobs applies in chunks.
     model.base_model.compile(dynamic=True)
+
+
+def _on_support(batch: Batch, logprobs: Tensor) -> tuple[Tensor, OnSupport | None]:
+    """Log-probs of ``batch.judged_ids`` taken apart: of the trained tokens, ``[N]``, and of the support."""
+    if batch.support_NK is None or batch.support_teacher_NK is None:
+        return logprobs, None
+    holds_N = (batch.support_NK == batch.judged_ids[:, :1]).any(1)
+    return logprobs[:, 0], OnSupport(logprobs[:, 1:], batch.support_teacher_NK, batch.support_NK >= 0, holds_N)
 
 
 def _replay(batch: Batch) -> list[LayerReplay] | None:

@@ -271,11 +271,39 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """What a teacher thinks of some tokens at every position that is judged: which they are hangs on the tokens before
+    it and not on the one that was sampled.
+
+    Little-endian, in C order: a row a position."""
+
+    ids: bytes
+    """Token ids, int32, no two alike in a row but for -1, which fills it up."""
+    logprobs: bytes
+    """Of these tokens, float32; of no meaning beside a -1."""
+    width: int
+    """Of a row."""
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.logprobs) or len(self.ids) % (4 * self.width):
+            raise ValueError(
+                f"{len(self.ids)} bytes of ids and {len(self.logprobs)} of log-probs are not rows of {self.width}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Positions that are judged."""
+        return len(self.ids) // (4 * self.width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
     logprobs: tuple[float, ...]
     """Teacher's log-prob of every token given the ones before it; 0 where the mask is off."""
     teacher: str
     """Fingerprint of the teacher's weights."""
+    support: Support | None = None
+    """Of every masked position but the sequence's first; if the teacher was asked for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,6 +324,8 @@ class Sample:
     """Reward-based advantage of each token; all 0 when a teacher gives the signal."""
     teacher_logprobs: tuple[float, ...] | None = None
     """Kept raw: the reverse-KL advantage is recomputed under the live student."""
+    teacher_support: Support | None = None
+    """The same of other tokens, at every trained position; if the objective uses them."""
     oldest_version: int = 0
     """For staleness."""
     versions: tuple[int, ...] | None = None
@@ -311,6 +341,10 @@ class Sample:
             lengths.add(len(self.versions))
         if len(lengths) != 1:
             raise ValueError(f"a sample's per-token tuples differ in length: {sorted(lengths)}")
+        if self.teacher_support is not None and self.teacher_support.rows != sum(self.sampled[1:]):
+            raise ValueError(
+                f"a support of {self.teacher_support.rows} rows for {sum(self.sampled[1:])} trained tokens"
+            )
         if self.choices is not None and self.choices.positions > len(self.ids):
             raise ValueError(f"choices of {self.choices.positions} positions for {len(self.ids)} tokens")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 class Extension:
     """Mixed into vLLM's worker; its methods are called by ``/collective_rpc``."""
@@ -17,6 +19,27 @@ class Extension:
         before_loading(self.model_runner.model)
         self.reload_weights(weights_path=folder)
         after_loading(self.model_runner.model)
+
+    def judge_always(self, ids: list[int]) -> None:
+        """From now on the last ``len(ids)`` of the most likely tokens that a request wants of its prompt are these
+        instead, if it wants so many. For a server that only scores, with vLLM's first model runner: the second one has
+        a parameter for it, but needs kernels that a CPU has not (vLLM 0.32)."""
+        if not hasattr(self.model_runner, "_get_prompt_logprobs_dict"):
+            raise RuntimeError("decision tokens need VLLM_USE_V2_MODEL_RUNNER=0 in the server's environment")
+        sampler: Any = self.model_runner.sampler
+        gather = type(sampler).gather_logprobs
+
+        def gather_logprobs(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+            if num_logprobs < len(ids):
+                return gather(logprobs, num_logprobs, token_ids)
+            found = gather(logprobs, num_logprobs - len(ids), token_ids)
+            always = torch.tensor(ids, device=logprobs.device).expand(len(logprobs), -1)
+            return found._replace(
+                logprob_token_ids=torch.cat([found.logprob_token_ids, always.to(found.logprob_token_ids.dtype)], 1),
+                logprobs=torch.cat([found.logprobs, logprobs.gather(1, always)], 1),
+            )
+
+        sampler.gather_logprobs = gather_logprobs
 
 
 def before_loading(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
@@ -18,11 +20,14 @@ from experts.train import ADAPTER
 from fusion.served_teachers import start_teachers
 from fusion.teachers import ModelTeacher
 from posttrain.protocols import Teacher
+from posttrain.types import Support
 from tests.contracts.engines import model_of, needs_vllm, vllm_config
 from tests.model.longcat2_tiny import tiny
 from tests.posttrain.small import plain_logprobs
+from tests.posttrain.tiny import all_logprobs
 
 LENGTHS = (7, 12, 2, 12, 5, 1)
+TOP, ALWAYS = 5, (2, 60, 7)
 KINDS = {"model": (), "one sequence a forward": (), "served": needs_vllm, "served adapters": needs_vllm}
 
 
@@ -33,11 +38,30 @@ class Two:
     teachers: tuple[Teacher, Teacher]
     models: tuple[PreTrainedModel, PreTrainedModel]
     tolerance: float = 1e-5
+    always: tuple[int, ...] = ALWAYS
+
+    @property
+    def plain(self) -> Teacher:
+        """The first of them without a support."""
+        found: Any = copy.copy(self.teachers[0])
+        found._top_k, found._always = 0, ()
+        return found
+
+
+def rows(support: Support | None) -> list[dict[int, float]]:
+    """Id to log-prob of every row."""
+    assert support is not None and TOP <= support.width <= TOP + len(ALWAYS)
+    ids, logprobs = (np.frombuffer(b, t) for b, t in ((support.ids, "<i4"), (support.logprobs, "<f4")))
+    pairs = [[(int(i), float(p)) for i, p in zip(*row, strict=True) if i >= 0] for row in
+             zip(ids.reshape(-1, support.width), logprobs.reshape(-1, support.width), strict=True)]  # fmt: skip
+    assert all(len(dict(row)) == len(row) for row in pairs), "no token twice"
+    return [dict(row) for row in pairs]
 
 
 @contextmanager
 def served(folder: Path, weights: str) -> Iterator[Two]:
-    """Servers on a loop that runs in another thread, as the stage's does."""
+    """Servers on a loop that runs in another thread, as the stage's does. Those with adapters are asked for nothing
+    but what is likely: what a server is always asked is put into it."""
     kind = "llama-32-lora" if weights == "lora" else "llama-32"
     models: list[Any] = [model_of(kind, seed) for seed in (3, 4)]
     model_of(kind).save_pretrained(folder / "base")
@@ -54,8 +78,10 @@ def served(folder: Path, weights: str) -> Iterator[Two]:
 
     folders = {name: folder / name for name in "ab"}
     try:
-        found = run(start_teachers(vllm_config(weights=weights), folder / "base", folders, folder / "work", stack))
-        yield Two((found["a"], found["b"]), (models[0], models[1]), 1e-4)
+        config = vllm_config(weights=weights, max_logprobs=TOP)
+        always = () if weights == "lora" else ALWAYS
+        found = run(start_teachers(config, folder / "base", folders, folder / "work", stack, TOP, always))
+        yield Two((found["a"], found["b"]), (models[0], models[1]), 1e-4, always)
     finally:
         run(stack.aclose())
         loop.call_soon_threadsafe(loop.stop)
@@ -74,7 +100,9 @@ def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     budget = 1 if request.param.startswith("one") else 8192
     for name, model in zip("ab", models, strict=True):
         model.save_pretrained(folder / name)
-    yield Two((ModelTeacher(folder / "a", budget), ModelTeacher(folder / "b", budget)), models)
+    yield Two(
+        (ModelTeacher(folder / "a", budget, TOP, ALWAYS), ModelTeacher(folder / "b", budget, TOP, ALWAYS)), models
+    )
 
 
 @pytest.fixture
@@ -95,6 +123,38 @@ def test_log_probs_equal_a_plain_forward(two: Two, ids: list[list[int]]) -> None
         for one, given in zip(teacher.score(ids, [[True] * n for n in LENGTHS]), ids, strict=True):
             assert one.logprobs == pytest.approx(plain_logprobs(model, given), abs=two.tolerance)
             assert one.logprobs[0] == 0.0, "nothing comes before the first token"
+
+
+def test_the_support_is_what_transformers_finds_most_likely_and_what_is_always_asked(
+    two: Two, ids: list[list[int]]
+) -> None:
+    """The token that came is of it only if it would be whatever came."""
+    outside = 0
+    for teacher, model in zip(two.teachers, two.models, strict=True):
+        for one, given in zip(teacher.score(ids, [[True] * n for n in LENGTHS]), ids, strict=True):
+            found = rows(one.support)
+            assert len(found) == len(given) - 1, "nothing comes before the first token"
+            for row, logp_V, token in zip(found, all_logprobs(model, given), given[1:], strict=False):
+                assert set(row) == {*logp_V.topk(TOP).indices.tolist(), *two.always}
+                assert row == pytest.approx({i: float(logp_V[i]) for i in row}, abs=two.tolerance)
+                outside += token not in row
+    assert outside > 20
+
+
+def test_only_what_is_masked_has_a_support(two: Two, ids: list[list[int]]) -> None:
+    rng, teacher = Random(2), two.teachers[0]
+    mask = [[rng.random() < 0.5 for _ in given] for given in ids]
+    whole = teacher.score(ids, [[True] * n for n in LENGTHS])
+    for some, every, kept in zip(teacher.score(ids, mask), whole, mask, strict=True):
+        wanted = [row for row, m in zip(rows(every.support), kept[1:], strict=True) if m]
+        assert rows(some.support) == [pytest.approx(row, abs=two.tolerance) for row in wanted]
+
+
+def test_without_a_support_the_log_probs_are_the_same(two: Two, ids: list[list[int]]) -> None:
+    mask = [[True] * n for n in LENGTHS]
+    for plain, one in zip(two.plain.score(ids, mask), two.teachers[0].score(ids, mask), strict=True):
+        assert plain.support is None and plain.teacher == one.teacher
+        assert plain.logprobs == pytest.approx(one.logprobs, abs=two.tolerance)
 
 
 def test_outside_the_mask_there_is_zero_and_inside_nothing_changes(two: Two, ids: list[list[int]]) -> None:

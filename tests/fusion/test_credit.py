@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from fusion.credit import TeacherCredit
-from posttrain.types import TeacherScores
+from posttrain.types import Support, TeacherScores
 from tests.posttrain.small import rollout
 
 
@@ -53,6 +53,18 @@ def test_rewards_play_no_part_and_behaviour_is_kept() -> None:
     assert {s.advantages for s in samples} == {(0.0,) * 4}
     assert {s.logprobs for s in samples} == {(0.0, 0.0, -1.0, -1.0)}
     assert len(TeacherCredit({"agent": Fake(10)})([rollout("s/0/0", score=0.0)])) == 1
+
+
+def test_what_the_teacher_says_of_other_tokens_is_kept_with_the_sample() -> None:
+    support = Support(ids=bytes(8), logprobs=bytes(8), width=1)
+
+    class Wordy(Fake):
+        def score(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[bool]]) -> list[TeacherScores]:
+            return [replace(s, support=support) for s in super().score(ids, mask)]
+
+    (plain,) = TeacherCredit({"agent": Fake(10)})([rollout("s/0/0", values=(5, 6))])
+    (wordy,) = TeacherCredit({"agent": Wordy(10)})([rollout("s/0/0", values=(5, 6))])
+    assert plain.teacher_support is None and wordy == replace(plain, teacher_support=support)
 
 
 def test_nothing_in_nothing_out_and_an_unknown_domain_is_an_error() -> None:

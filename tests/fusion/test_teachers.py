@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from fusion.pipeline import asked_of_teachers
 from fusion.teachers import ModelTeacher
+from posttrain.chat import Chat
+from posttrain.objective_settings import DistillLoss, SampledEstimator, TopkEstimator
 from tests.model.longcat2_tiny import tiny
+from tests.posttrain.tiny import make_tokenizer
 
 
 @pytest.fixture
@@ -36,3 +40,10 @@ def test_it_is_frozen_and_leaves_no_graph(teacher: ModelTeacher) -> None:
     teacher.score([[3, 4, 5]], [[True] * 3])
     assert not seen[0].requires_grad and seen[0].dtype == torch.float32
     assert not teacher.model.training
+
+
+def test_the_objective_says_what_teachers_are_asked(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    topk, likely = (TopkEstimator(type="topk", support=5, decision_tokens=d) for d in (True, False))
+    asked = [asked_of_teachers(DistillLoss(estimator=e), tmp_path) for e in (SampledEstimator(), topk, likely)]
+    assert asked == [(0, ()), (5, Chat(make_tokenizer()).decision_ids), (5, ())]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.batch import Batch, pack
-from posttrain.types import Sample
+from posttrain.types import Sample, Support
 
 
 def made(index: int, length: int, teacher: bool = False) -> Sample:
@@ -81,6 +85,38 @@ def test_contents_by_hand() -> None:
     )
 
 
+def support(rows: list[list[int]]) -> Support:
+    """Log-prob of a token is minus a tenth of its id."""
+    ids = np.array(rows)
+    return Support(ids=ids.astype("<i4").tobytes(), logprobs=(-ids / 10).astype("<f4").tobytes(), width=ids.shape[1])
+
+
+def test_supports_by_hand() -> None:
+    """A row a trained token, in the order of the sequences in the batch, as wide as the widest."""
+    short = replace(made(0, 3, teacher=True), teacher_support=support([[5, -1]]))
+    long = replace(made(1, 5, teacher=True), teacher_support=support([[7, 8, 2002], [9, 2004, -1]]))
+    (batch,) = pack([short, long], 10)
+    assert batch.support_NK is not None and batch.support_teacher_NK is not None
+    assert batch.support_NK.tolist() == [[7, 8, 2002], [9, 2004, -1], [5, -1, -1]]
+    kept = torch.where(batch.support_NK >= 0, batch.support_teacher_NK, 0.0)
+    assert kept.tolist() == [pytest.approx(row) for row in ([-0.7, -0.8, -200.2], [-0.9, -200.4, 0], [-0.5, 0, 0])]
+    assert batch.judged_ids.tolist() == [[2002, 7, 8, 2002], [2004, 9, 2004, 2004], [1002, 5, 1002, 1002]]
+    assert (batch.support_NK.dtype, batch.support_teacher_NK.dtype) == (torch.int64, torch.float32)
+
+
+def test_without_supports_only_the_trained_tokens_are_judged() -> None:
+    (batch,) = pack([replace(made(0, 3, teacher=True), teacher_support=support([[5]])), made(1, 5, teacher=True)], 10)
+    assert batch.support_NK is None and batch.support_teacher_NK is None
+    assert batch.judged_ids.tolist() == [2002, 2004, 1002]
+
+
+def test_a_support_that_is_not_of_the_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="a support of 2 rows for 1 trained tokens"):
+        replace(made(0, 3), teacher_support=support([[5], [6]]))
+    with pytest.raises(ValueError, match="12 bytes of ids and 8 of log-probs are not rows of 1"):
+        Support(ids=b"\0" * 12, logprobs=b"\0" * 8, width=1)
+
+
 def test_the_budget_counts_padding() -> None:
     """Lengths 5, 5, 2: two of 5 fill a budget of 10; the third would cost 5 more, not 2."""
     samples = [made(0, 2), made(1, 5), made(2, 5)]
@@ -96,7 +132,8 @@ def test_nothing_makes_nothing_and_a_missing_teacher_is_none() -> None:
 
 
 def test_to_moves_every_tensor() -> None:
-    (batch,) = pack([made(0, 3, teacher=True)], 10)
+    (batch,) = pack([replace(made(0, 3, teacher=True), teacher_support=support([[5]]))], 10)
     moved = batch.to(torch.device("meta"))
-    for name in ("ids_BT", "sampled_BT", "behaviour_BT", "advantages_BT", "teacher_BT"):
+    names = ("ids_BT", "sampled_BT", "behaviour_BT", "advantages_BT", "teacher_BT", "support_NK", "support_teacher_NK")
+    for name in names:
         assert getattr(moved, name).is_meta, name

@@ -315,3 +315,14 @@ def test_a_tokenizer_without_a_markup_is_refused(tmp_path: Path, family: Family,
         Chat(AutoTokenizer.from_pretrained(tmp_path))
     assert str(caught.value).startswith(f"{tmp_path}: the tokenizer lacks [")
     assert f"['{lacking}'] of {family.markup.NAME}" in str(caught.value)
+
+
+@both
+def test_decisions_are_to_end_the_turn_to_call_and_to_stop_thinking(family: Family) -> None:
+    names = [family.tokenizer.convert_ids_to_tokens(i) for i in family.chat.decision_ids]
+    longcats, qwens = (
+        ["</longcat_s>", "<longcat_tool_call>", "</longcat_think>"],
+        ["<|im_end|>", "<tool_call>", "</think>"],
+    )
+    assert names == (longcats if family is LONGCAT else qwens)
+    assert set(family.chat.stop_ids) & set(family.chat.decision_ids) == {family.chat.decision_ids[0]}

@@ -43,6 +43,48 @@ def test_values_and_gradients_are_those_of_the_plain_formula(chunk: int, of_entr
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 25, 1000])
+@pytest.mark.parametrize("of_entropy", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "against float64"])
+def test_of_several_tokens_a_row_they_are_the_plain_formula_s(
+    chunk: int, of_entropy: float, dtype: torch.dtype
+) -> None:
+    """Columns: the first token, three others, and two that equal the first here and there."""
+    hidden, weight, first = made()
+    generator = torch.Generator().manual_seed(1)
+    others = torch.stack([torch.randperm(10, generator=generator)[:5] for _ in first])
+    others = others + (others >= first[:, None])  # none is the first
+    again = torch.rand(others.shape, generator=generator) < 0.3
+    ids = torch.cat([first[:, None], torch.where(again, first[:, None], others)], 1)
+    assert (ids[:, 1:] == first[:, None]).sum(1).max() > 1, "a row has the first several times"
+    scale = torch.randn(ids.shape, generator=generator)
+    inputs = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight)]
+    logp_NV = torch.log_softmax(inputs[0] @ inputs[1].T, -1)
+    wanted = logp_NV.gather(1, ids), -(logp_NV.exp() * logp_NV).sum(-1)
+    found = token_logprobs(hidden, weight, ids, chunk=chunk)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-6)
+    ours, theirs = (
+        torch.autograd.grad((scale * logp).sum() + of_entropy * (scale[:, 1] * entropy).sum(), given)
+        for (logp, entropy), given in ((found, [hidden, weight]), (wanted, inputs))
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_one_token_a_row_is_the_same_in_either_shape_bit_for_bit() -> None:
+    hidden, weight, ids = made()
+    scale = torch.linspace(-1, 2, len(ids))
+    flat, column = token_logprobs(hidden, weight, ids)[0], token_logprobs(hidden, weight, ids[:, None])[0]
+    assert flat.shape == (13,) and column.shape == (13, 1) and torch.equal(flat, column[:, 0])
+    for a, b in zip(
+        torch.autograd.grad((scale * flat).sum(), [hidden, weight]),
+        torch.autograd.grad((scale[:, None] * column).sum(), [hidden, weight]),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 def test_gradients_numerically() -> None:
     """By finite differences. The function works in float32, so they are wide."""
     hidden, weight, ids = made(5, 3, 4)

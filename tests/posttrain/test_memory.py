@@ -15,7 +15,7 @@ from posttrain.config import Config
 from posttrain.engine.cache import SlotCache
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.model.describe import count
-from posttrain.objective_settings import ClippedLoss, DistillLoss
+from posttrain.objective_settings import ClippedLoss, DistillLoss, TopkEstimator
 from posttrain.settings import (
     LocalEngineConfig,
     Longcat2Model,
@@ -106,6 +106,12 @@ def test_what_is_frozen_has_no_gradient(qwen: PretrainedModel) -> None:
 
 def test_a_distilled_student_needs_no_reference(qwen: PretrainedModel) -> None:
     assert "reference" not in parts(qwen, DistillLoss())
+
+
+def test_a_support_is_counted_by_token(qwen: PretrainedModel) -> None:
+    topk = DistillLoss(estimator=TopkEstimator(type="topk", support=10))
+    assert "support" not in parts(qwen, DistillLoss())
+    assert parts(qwen, topk, tokens_per_micro_batch=100)["support"] == 48 * 100 * 10
 
 
 def test_an_engine_by_hand(qwen: PretrainedModel) -> None:

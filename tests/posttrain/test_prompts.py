@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from posttrain.batch import pack
-from posttrain.objective_settings import ClippedLoss
+from posttrain.objective_settings import ClippedLoss, DistillLoss, TopkEstimator
 from posttrain.prompts import can_share, shared
 from posttrain.settings import LoraConfig, TrainerConfig
 from posttrain.trainer import Trainer
-from posttrain.types import Sample
+from posttrain.types import Sample, Support
 from tests.model.longcat2_tiny import tiny
 from tests.posttrain.small import sample
 from tests.posttrain.tiny import make_model
@@ -71,6 +72,22 @@ def test_every_sampled_token_has_its_own_log_prob() -> None:
         values.append(found)
     assert values[0] == pytest.approx(values[1], abs=1e-5)
     assert len(values[0]) == sum(sum(s.sampled) for s in SAMPLES)
+
+
+def test_a_step_on_supports_is_that_of_the_plain_form() -> None:
+    """What teachers say is by trained token, of which none is in a prompt."""
+    loss = DistillLoss(estimator=TopkEstimator(type="topk"), gate_low=1e-9, gate_high=1e9)
+    judged: list[Sample] = []
+    for number, s in enumerate(SAMPLES):
+        ids = np.array([[(i + number) % 64, 5, 6] for i, m in zip(s.ids, s.sampled, strict=True) if m], "<i4")
+        support = Support(ids=ids.tobytes(), logprobs=(-ids / 20).astype("<f4").tobytes(), width=3)
+        judged.append(replace(s, teacher_logprobs=(-2.0,) * len(s.ids), teacher_support=support))
+    found = []
+    for share in (True, False):
+        config = TrainerConfig(lr=1e-3, warmup_steps=0, share_prompts=share)
+        found.append(Trainer(qwen(), config, loss, 4).step(judged, 8))
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
+    assert 0 < found[0]["tail"] < 1 and found[0]["grad_norm"] > 0.01
 
 
 def test_gradients_are_those_of_the_plain_form() -> None:

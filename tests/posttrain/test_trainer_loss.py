@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,9 +22,10 @@ from posttrain.objective_settings import (
     GspoLoss,
     LossConfig,
     Reduction,
+    TopkEstimator,
 )
 from posttrain.settings import LoraConfig
-from posttrain.types import Sample
+from posttrain.types import Sample, Support
 from tests.model.longcat2_tiny import tiny
 from tests.posttrain.small import make_trainer, plain_logprobs, sample
 
@@ -76,18 +79,36 @@ def test_neither_micro_batches_nor_padding_nor_silent_samples_change_the_gradien
     )  # fmt: skip
 
 
-def test_nor_that_of_the_distillation() -> None:
-    _unchanged_by_packing(DistillLoss(gate_low=1e-6, gate_high=1e6))
+TOPK = DistillLoss(estimator=TopkEstimator(type="topk"), gate_low=1e-6, gate_high=1e6)
+
+
+@pytest.mark.parametrize("loss", [DistillLoss(gate_low=1e-6, gate_high=1e6), TOPK], ids=["sampled", "topk"])
+def test_nor_that_of_the_distillation(loss: DistillLoss) -> None:
+    _unchanged_by_packing(loss)
+
+
+def support(rows: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> Support:
+    ids, values = np.array(rows, "<i4"), np.array(logprobs, "<f4")
+    return Support(ids=ids.tobytes(), logprobs=values.tobytes(), width=ids.shape[1])
+
+
+def named(s: Sample, width: int) -> Support:
+    """Every trained token's own id, every other time, and those after it; the last row is not full."""
+    rows = [[(i + t % 2 + k) % 61 for k in range(width)] for t, i in enumerate(s.ids) if t >= 3]
+    rows[-1][-1] = -1
+    return support(rows, [[-1.0 - 0.3 * k for k in range(width)] for _ in rows])
 
 
 def _unchanged_by_packing(loss: LossConfig) -> None:
     judged = [replace(s, teacher_logprobs=tuple(-1.0 - 0.1 * t for t in range(len(s.ids)))) for s in SAMPLES]
+    judged = [replace(s, teacher_support=named(s, 3 + i % 2)) for i, s in enumerate(judged)] if loss is TOPK else judged
     together = gradients(judged, 5, loss=loss, tokens_per_micro_batch=10_000)
     assert max(g.abs().max() for g in together.values()) > 1e-3
     close(together, gradients(judged, 5, loss=loss, tokens_per_micro_batch=1))
     close(together, gradients(judged[::-1], 5, loss=loss, tokens_per_micro_batch=20))
     # A long sample without a trained token pads nothing away and is not part of the mean.
-    silent = sample("g/9", 40, sampled=(False,) * 40, teacher_logprobs=(0.0,) * 40)
+    nothing = Support(ids=b"", logprobs=b"", width=3)
+    silent = sample("g/9", 40, sampled=(False,) * 40, teacher_logprobs=(0.0,) * 40, teacher_support=nothing)
     close(together, gradients([*judged, silent], 5, loss=loss, tokens_per_micro_batch=10_000))
 
 
@@ -133,6 +154,50 @@ def test_the_distillation_denominator_is_each_response_s_own_length_then_rollout
     together = gradients(both, 2, loss=loss)
     one, other = (gradients([s], 1, loss=loss) for s in both)
     close(together, {k: (one[k] + other[k]) / 2 for k in together})
+
+
+@pytest.mark.parametrize("way", ["in chunks", "from logits"])
+def test_topk_over_the_whole_vocabulary_is_the_reverse_kl(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient of the mean over responses of the mean of KL(pi || teacher) over the tokens of each."""
+    if way == "from logits":
+        monkeypatch.setattr("posttrain.trainer.plain_head", lambda model: None)
+    teacher = tiny(seed=7)
+    judged: list[Sample] = []
+    for s in SILENT:
+        rows = [p.tolist() for p in torch.log_softmax(_logits(teacher, s), -1)[2:-1].detach()]
+        whole = support([range(len(rows[0]))] * len(rows), rows)
+        given = (0.0,) * 3 + tuple(row[i] for row, i in zip(rows, s.ids[3:], strict=True))
+        judged.append(replace(s, teacher_logprobs=given, teacher_support=whole))
+    exact = TOPK.model_copy(update={"advantage_clip": 100.0})
+    ours = gradients(judged, 2, loss=exact)
+    model = tiny()
+    model.train()
+    model.freeze_idle()
+    for s in SILENT:
+        logp_TV, teacher_TV = (torch.log_softmax(_logits(m, s), -1)[2:-1] for m in (model, teacher))
+        ((logp_TV.exp() * (logp_TV - teacher_TV.detach())).sum(-1).mean() / 2).backward()
+    close(ours, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert max(g.abs().max() for g in ours.values()) > 1e-2
+
+
+def _logits(model: Longcat2ForCausalLM, s: Sample) -> Tensor:
+    return model(input_ids=torch.tensor([s.ids]), use_cache=False).logits[0].float()
+
+
+def test_topk_says_how_much_of_both_policies_it_sums_over() -> None:
+    """Over 30 of 61 tokens, once with every sampled token in it and once with none."""
+    model = tiny()
+    logp_TV = torch.log_softmax(_logits(model, SAMPLES[0]), -1)[2:-1].detach()
+    for there in (True, False):
+        rows = [[(i + 2 * k + (not there)) % 61 for k in range(30)] for i in SAMPLES[0].ids[3:]]
+        mass = float(torch.gather(logp_TV, 1, torch.tensor(rows)).exp().sum(1).mean())
+        said = replace(
+            SAMPLES[0], teacher_logprobs=(-1.0,) * 6, teacher_support=support(rows, [[math.log(0.02)] * 30] * 3)
+        )
+        stats = make_trainer(loss=TOPK).step([said], 1)
+        assert stats["student_mass"] == pytest.approx(mass, rel=1e-4)
+        assert stats["teacher_mass"] == pytest.approx(0.6, rel=1e-4)
+        assert stats["tail"] == (not there)
 
 
 def test_distillation_without_a_teacher_is_refused() -> None:
