@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _PREFILL_TOKENS = 8192
 """Of a forward of the local engine; a teacher's are as many."""
-_PER_JUDGED = 48
+_PER_JUDGED = 44
 """Bytes of a token of a support: its id twice, both policies' log-probs, what the loss makes of them, gradients."""
 TRAINING_PROGRAM, ENGINE_PROGRAM = 600 << 20, 450 << 20
 """Resident size of the two processes before there is a model, measured with torch for CPUs."""

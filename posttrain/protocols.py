@@ -46,7 +46,8 @@ class Teacher(Protocol):
     """Judges a student's own tokens."""
 
     def score(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[bool]]) -> list[TeacherScores]:
-        """Log-prob of every masked token of each sequence given the tokens before it."""
+        """Log-prob of every masked token of each sequence given the tokens before it; and the support at these places,
+        if the teacher was made to give one."""
         ...
 
 
