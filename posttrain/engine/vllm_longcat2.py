@@ -224,21 +224,28 @@ def _served(vllm_config: VllmConfig) -> Longcat2Config:
     if not isinstance(config, Longcat2Config):
         raise ValueError(f"config.json has the model_type {config.model_type}: save the model with save_pretrained")
     length, most = model.max_model_len, config.dense_context
-    refused = {
-        f"a context of {length}: its attention is sparse beyond {most} tokens, and here it is dense; lower "
-        "--max-model-len (engine.max_context)": most is not None and length > most,
-        "CUDA graphs: how many tokens an expert has is not known beforehand; give --enforce-eager (engine.eager)": (
-            not model.enforce_eager
+    parallel = vllm_config.parallel_config
+    refused = (
+        (
+            most is not None and length > most,
+            f"a context of {length}: its attention is sparse beyond {most} tokens, and here it is dense; lower "
+            "--max-model-len (engine.max_context)",
         ),
-        "parts on several devices: give every device a server (engine.replicas)": (
-            vllm_config.parallel_config.world_size > 1 or vllm_config.parallel_config.use_ubatching
+        (
+            not model.enforce_eager,
+            "CUDA graphs: how many tokens an expert has is not known beforehand; give --enforce-eager (engine.eager)",
         ),
-        "quantization: give the weights as they are": vllm_config.quant_config is not None,
-        "blocks that are copied or come from elsewhere: the ids of their tokens would not": (
-            vllm_config.kv_transfer_config is not None or cache.prefix_match_unit is not None
+        (
+            parallel.world_size > 1 or parallel.use_ubatching,
+            "a model on several devices or in several parts: give every device a server (engine.replicas)",
         ),
-    }
-    for what, asked in refused.items():
+        (vllm_config.quant_config is not None, "quantization: give the weights as they are"),
+        (
+            vllm_config.kv_transfer_config is not None or cache.prefix_match_unit is not None,
+            "blocks that are copied or come from elsewhere: the ids of their tokens would not",
+        ),
+    )
+    for asked, what in refused:
         if asked:
             raise ValueError(f"longcat2 is not served with {what}")
     served = copy.deepcopy(config)
