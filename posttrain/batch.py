@@ -55,13 +55,7 @@ def pack(
     ``share``: what samples begin with is in ``prompts``, if that saves something."""
     if share and (groups := shared(samples)):
         return _pack_groups(groups, tokens_per_micro_batch)
-    order = sorted(samples, key=lambda s: (-len(s.ids), s.rollout))
-    chunks: list[list[Sample]] = []
-    for sample in order:
-        if chunks and (len(chunks[-1]) + 1) * len(chunks[-1][0].ids) <= tokens_per_micro_batch:
-            chunks[-1].append(sample)
-        else:
-            chunks.append([sample])
+    chunks = _chunks(samples, tokens_per_micro_batch)
     batches = [_tensors(chunk) for chunk in chunks]
     if choices:
         recorded = [
@@ -69,6 +63,33 @@ def pack(
         ]
         batches = [replace(b, slots_BTLK=s, columns_BTLOK=c) for b, (s, c) in zip(batches, recorded, strict=True)]
     return batches
+
+
+def deal(samples: Sequence[Sample], tokens_per_micro_batch: int, choices: bool, rank: int, count: int) -> list[Batch]:
+    """Micro-batches of one of ``count`` ranks, as many for each: where a rank has fewer, it has some that train nothing
+    and count for nothing, since a forward takes all ranks. Similar lengths in all ranks; at least one sample."""
+    order = _order(samples)
+    most = max(len(_chunks(order[r::count], tokens_per_micro_batch)) for r in range(count))
+    batches = pack(order[rank::count], tokens_per_micro_batch, choices)
+    if len(batches) < most:
+        idle = replace(order[-1], sampled=(False,) * len(order[-1].ids))
+        (batch,) = pack([idle], tokens_per_micro_batch, choices)
+        batches += [replace(batch, real_BT=torch.zeros_like(batch.real_BT))] * (most - len(batches))
+    return batches
+
+
+def _order(samples: Sequence[Sample]) -> list[Sample]:
+    return sorted(samples, key=lambda s: (-len(s.ids), s.rollout))
+
+
+def _chunks(samples: Sequence[Sample], tokens_per_micro_batch: int) -> list[list[Sample]]:
+    chunks: list[list[Sample]] = []
+    for sample in _order(samples):
+        if chunks and (len(chunks[-1]) + 1) * len(chunks[-1][0].ids) <= tokens_per_micro_batch:
+            chunks[-1].append(sample)
+        else:
+            chunks.append([sample])
+    return chunks
 
 
 def _pack_groups(groups: Mapping[tuple[int, ...], Sequence[Sample]], size: int) -> list[Batch]:
