@@ -46,6 +46,10 @@ class Batch:
         moved = {f.name: t.to(device) for f in fields(self) if (t := getattr(self, f.name)) is not None}
         return replace(self, **moved)
 
+    def idle(self) -> Batch:
+        """The same forward, which trains nothing and counts for nothing."""
+        return replace(self, sampled_BT=torch.zeros_like(self.sampled_BT), real_BT=torch.zeros_like(self.real_BT))
+
 
 def pack(
     samples: Sequence[Sample], tokens_per_micro_batch: int, choices: bool = False, share: bool = False
@@ -65,16 +69,24 @@ def pack(
     return batches
 
 
-def deal(samples: Sequence[Sample], tokens_per_micro_batch: int, choices: bool, rank: int, count: int) -> list[Batch]:
-    """Micro-batches of one of ``count`` ranks, as many for each: where a rank has fewer, it has some that train nothing
-    and count for nothing, since a forward takes all ranks. Similar lengths in all ranks; at least one sample."""
+def deal(
+    samples: Sequence[Sample],
+    tokens_per_micro_batch: int,
+    rank: int,
+    count: int,
+    choices: bool = False,
+    share: bool = False,
+) -> list[Batch]:
+    """What one of ``count`` ranks has of ``samples``, at least one, packed: similar lengths in all ranks, and as many
+    micro-batches, since a forward takes all of them. The last of a rank may be idle. ``share``: for one rank."""
+    if count == 1:
+        return pack(samples, tokens_per_micro_batch, choices, share)
     order = _order(samples)
     most = max(len(_chunks(order[r::count], tokens_per_micro_batch)) for r in range(count))
     batches = pack(order[rank::count], tokens_per_micro_batch, choices)
     if len(batches) < most:
-        idle = replace(order[-1], sampled=(False,) * len(order[-1].ids))
-        (batch,) = pack([idle], tokens_per_micro_batch, choices)
-        batches += [replace(batch, real_BT=torch.zeros_like(batch.real_BT))] * (most - len(batches))
+        (shortest,) = pack(order[-1:], tokens_per_micro_batch, choices)
+        batches += [shortest.idle()] * (most - len(batches))
     return batches
 
 

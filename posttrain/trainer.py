@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain import determinism, objective, shards
-from posttrain.batch import Batch, deal, pack
+from posttrain.batch import Batch, deal
 from posttrain.errors import UserError
 from posttrain.files import needs_room
 from posttrain.logprobs import bare, plain_head, token_logprobs
@@ -35,6 +34,7 @@ from posttrain.model.outputs import Longcat2CausalOutput
 from posttrain.objective import Extent, Tokens
 from posttrain.objective_settings import DistillLoss, LossConfig
 from posttrain.optim import make_optimizer, rate_of
+from posttrain.prepare import compile_layers, refuse_parts, trainable
 from posttrain.prompts import can_share, read
 from posttrain.ranks import Place, Ranks, make_accelerator
 from posttrain.settings import AloneConfig, FsdpConfig, TrainerConfig
@@ -84,7 +84,7 @@ class Trainer:
         if isinstance(config.parallel, AloneConfig) or place is not None:
             self._build(model, total_steps, place)
         else:
-            _refuse(model, config)
+            refuse_parts(model, config)
             follower = partial(_follower, shards.outline(model), torch.initial_seed(), config, loss, total_steps)
             self._ranks = Ranks(config.parallel)
             self._ranks.begin(follower, partial(self._build, model, total_steps, self._ranks.place))
@@ -95,23 +95,7 @@ class Trainer:
         if config.deterministic:
             determinism.enforce()
         self.accelerator = make_accelerator(config, place)
-        model.train()
-        if isinstance(model, Longcat2ForCausalLM):
-            model.freeze_idle()
-        for name, parameter in model.named_parameters():
-            if any(re.search(pattern, name) for pattern in config.freeze):
-                parameter.requires_grad_(False)
-        trained: nn.Module = model
-        if config.lora is not None:
-            import peft
-
-            spec = peft.LoraConfig(
-                r=config.lora.rank,
-                lora_alpha=config.lora.alpha,  # pyright: ignore[reportArgumentType]  # peft takes floats too
-                target_modules=config.lora.targets,
-                lora_dropout=0.0,
-            )
-            trained = peft.get_peft_model(model, spec)  # pyright: ignore[reportArgumentType]
+        trained = trainable(model, config)
         if place is not None:
             shards.make_alike(trained)
         self._count = self.accelerator.num_processes
@@ -131,7 +115,7 @@ class Trainer:
             offload = config.activations == "offload" and self.accelerator.device.type != "cpu"
             model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
         if config.compile:
-            _compile(model)
+            compile_layers(model)
         self.base = model
         self.model, self.optimizer = self.accelerator.prepare(trained, optimizer)
         self._plain: Any = self.accelerator.unwrap_model(self.model) if whole is None else whole
@@ -176,7 +160,12 @@ class Trainer:
                 "true, or trainer.replay_choices to false"
             )
         shares = [ordered[i::parts] for i in range(parts) if ordered[i::parts]]
-        groups = [self._micro_batches(share) for share in shares]
+        size, replay, rank = (
+            self.config.tokens_per_micro_batch,
+            self.config.replay_choices,
+            self.accelerator.process_index,
+        )
+        groups = [deal(share, size, rank, self._count, replay, self._shares_prompts) for share in shares]
         # All of it before the first update: prox is the policy that the step starts with.
         earlier = [[self._earlier(b) for b in g] for g in groups]
         mismatch = Mismatch(self.version)
@@ -191,13 +180,6 @@ class Trainer:
                     self._accumulate(batch, known[i], extent, real, totals, mismatch)
             norms.append(self._update())
         return _Part(totals, mismatch.gaps(), norms)
-
-    def _micro_batches(self, samples: Sequence[Sample]) -> list[Batch]:
-        """Those of this rank."""
-        size, replay, count = self.config.tokens_per_micro_batch, self.config.replay_choices, self._count
-        if count == 1:
-            return pack(samples, size, replay, self._shares_prompts)
-        return deal(samples, size, replay, self.accelerator.process_index, count)
 
     def _summing(self, last: bool) -> AbstractContextManager[Any]:
         """With whole gradients in every rank they travel once an update, after the last micro-batch."""
@@ -387,27 +369,9 @@ def _follower(
     return Trainer(shards.from_outline(outline), config, loss, total_steps, place=place)
 
 
-def _refuse(model: PreTrainedModel, config: TrainerConfig) -> None:
-    half = config.mixed_precision == "bf16" and isinstance(config.parallel, FsdpConfig)
-    if half and isinstance(model, Longcat2ForCausalLM):
-        raise UserError(
-            "trainer.mixed_precision: with trainer.parallel.type fsdp all of a model computes in bf16, and routers of "
-            "type longcat2 must not: set it to no, or parallel.type to ddp"
-        )
-
-
 def _add(totals: dict[str, float], more: Mapping[str, float]) -> None:
     for key, value in more.items():
         totals[key] = totals.get(key, 0.0) + value
-
-
-def _compile(model: PreTrainedModel) -> None:
-    if isinstance(model, Longcat2ForCausalLM):
-        raise UserError(
-            "trainer.compile: models of type longcat2 choose experts and columns as they go: set it to false"
-        )
-    # In place, so that names of weights stay. Not the head, which token_logprobs applies in chunks.
-    model.base_model.compile(dynamic=True)
 
 
 def _replay(batch: Batch) -> list[LayerReplay] | None:

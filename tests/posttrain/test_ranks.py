@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from posttrain.errors import RankError, UserError
 from posttrain.mismatch import Gaps
 from posttrain.model.checkpoint import load_any
 from posttrain.objective_settings import ClippedLoss, DistillLoss, DppoLoss, GspoLoss, LossConfig
+from posttrain.ranks import Place, Ranks, make_accelerator
 from posttrain.settings import DdpConfig, FsdpConfig, LoraConfig, TrainerConfig
+from posttrain.shards import gathered, whole_weight
 from posttrain.trainer import Trainer
 from posttrain.types import Sample
 from posttrain.weights import FolderOutlet, SharedOutlet, read_into, state_of
@@ -158,6 +161,48 @@ def test_two_processes_take_the_steps_of_one(case: str, tmp_path: Path) -> None:
         again.restore(state_of_two)
         close(taken(again, ODD[2:]), last)
         close(again.weights(), weights)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_half_the_bits_are_nearly_the_same_step(parallel: str) -> None:
+    """Under FSDP all of a forward is in bf16, under autocast its products; log-probs are in float32 both times."""
+    with trainer_of("llama", CLIPPED) as one:
+        (stats, _), *_ = taken(one, ODD[:1])
+    with trainer_of("llama", CLIPPED, parallel=PARALLEL[parallel], mixed_precision="bf16") as two:
+        (halved, _), *_ = taken(two, ODD[:1])
+        assert all(t.dtype == torch.float32 for t in two.weights().values())
+    for key in ("gap_abs", "entropy", "grad_norm", "ess_tokens"):
+        assert halved[key] == pytest.approx(stats[key], rel=0.05) and halved[key] != stats[key]
+
+
+class Sharded:
+    """A head in parts, of which there is one in every rank."""
+
+    def __init__(self, place: Place) -> None:
+        make_accelerator(TrainerConfig(parallel=PARALLEL["fsdp"]), place)
+        torch.manual_seed(0)
+        self.place, self.head = place, torch.nn.Linear(4, 7, bias=False)
+        self.whole = self.head.weight.detach().clone()
+        fully_shard(self.head)
+
+    def learn(self, hidden_ND: Tensor) -> Tensor:
+        """Gradient of the whole weight; this rank's loss is ``rank + 1`` times the sum of all logits."""
+        weight = whole_weight(self.head.weight)
+        assert torch.equal(weight, self.whole)
+        ((self.place.rank + 1) * (hidden_ND @ weight.T)).sum().backward()
+        assert self.head.weight.grad is not None
+        return gathered(self.head.weight.grad)
+
+
+def test_a_head_in_parts_gets_the_mean_of_the_gradients() -> None:
+    ranks, mine, hidden_ND = Ranks(PARALLEL["fsdp"]), list[Sharded](), torch.arange(12.0).view(3, 4)
+    try:
+        ranks.begin(Sharded, lambda: mine.append(Sharded(ranks.place)))
+        found = ranks.together("learn", [hidden_ND], lambda: mine[0].learn(hidden_ND))
+    finally:
+        ranks.close()
+    expected = 1.5 * torch.ones(7, 3) @ hidden_ND
+    assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
 
 
 # Failures
