@@ -83,7 +83,7 @@ def trainer_memory(
         layers = text.num_hidden_layers
         kept = kept // layers + (layers * width * text.hidden_size if config.activations == "recompute" else 0)
     activations = tokens * kept
-    if width < FLOAT:
+    if width < FLOAT and not isinstance(config.parallel, FsdpConfig):
         activations += width * _linear_values(model)  # the copies that autocast makes
     vocabulary, hidden = _head_shape(model)
     tied = bool(model.config.get_text_config().tie_word_embeddings)
