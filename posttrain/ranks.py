@@ -32,6 +32,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from posttrain import waits
@@ -41,6 +42,8 @@ from posttrain.settings import DdpConfig, FsdpConfig, TrainerConfig
 _HERE = "127.0.0.1"
 _GRACE_S = 5.0
 """For the others to say what went wrong with them, and for a rank to end."""
+_LEAVES_S = 60.0
+"""For this rank to leave a command whose followers are gone: by gloo that is when it next needs one of them."""
 _MARGIN_S = 60.0
 """By which collectives are allowed more than a whole command, whose bound has a better message."""
 
@@ -66,10 +69,10 @@ def make_accelerator(config: TrainerConfig, place: Place | None) -> Accelerator:
     # What is parallel is kept in the process, and an earlier stage may have been something else.
     AcceleratorState._reset_state(reset_partial_state=True)
     shards = _shards(config) if isinstance(config.parallel, FsdpConfig) else None
-    with _environment(place):
+    with _environment(place, config.threads):
         dist.init_process_group(
             "gloo" if place.device is None else "cpu:gloo,cuda:nccl",
-            store=dist.TCPStore(_HERE, place.port, place.count, is_master=False),
+            store=TCPStore(_HERE, place.port, place.count, is_master=False),
             rank=place.rank,
             world_size=place.count,
             timeout=timedelta(seconds=place.timeout_s + _MARGIN_S),
@@ -95,19 +98,21 @@ def _shards(config: TrainerConfig) -> FullyShardedDataParallelPlugin:
 
 
 @contextmanager
-def _environment(place: Place) -> Iterator[None]:
+def _environment(place: Place, threads: int) -> Iterator[None]:
     """Where Accelerate looks for its place. Not for longer: engines would take it for theirs."""
     local = place.rank if place.device is None else place.device
     mine = {"RANK": place.rank, "LOCAL_RANK": local, "WORLD_SIZE": place.count, "LOCAL_WORLD_SIZE": place.count}
     before = dict(os.environ)
+    mine["OMP_NUM_THREADS"] = threads  # else Accelerate takes all cores
     os.environ.update({k: str(v) for k, v in mine.items()})
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for key in set(os.environ) - set(before):
+            del os.environ[key]
+        os.environ.update({k: v for k, v in before.items() if os.environ.get(k) != v})
 
 
 class Ranks:
@@ -116,7 +121,7 @@ class Ranks:
     def __init__(self, config: DdpConfig | FsdpConfig) -> None:
         """Starts the followers. Raises UserError if there are fewer GPUs than ranks."""
         devices = _devices(config)
-        self._store = dist.TCPStore(_HERE, 0, config.processes, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(_HERE, 0, config.processes, is_master=True, wait_for_workers=False)
         places = [
             Place(rank=i, count=config.processes, port=self._store.port, device=device, timeout_s=config.timeout_s)
             for i, device in enumerate(devices)
@@ -126,6 +131,7 @@ class Ranks:
         self._pipes: dict[int, Connection] = {}
         self._processes: dict[int, Any] = {}
         self._thread: threading.Thread | None = None
+        self._ending, self._closed = threading.Lock(), False
         context = get_context("spawn")
         for place in places[1:]:
             here, there = context.Pipe()
@@ -136,7 +142,11 @@ class Ranks:
 
     def begin(self, build: Callable[[Place], Any], work: Callable[[], None]) -> None:
         """Have the followers make, by ``build``, what all later commands are for, while this rank does ``work``."""
-        self._together("start", ("", (build,)), work)
+        try:
+            self._together("start", ("", (build,)), work)
+        except BaseException:
+            self.close()
+            raise
 
     def together(self, method: str, args: Sequence[Any], work: Callable[[], Any]) -> list[Any]:
         """Have the followers call ``method`` of theirs while this rank does ``work``; what each returned, by rank.
@@ -219,27 +229,30 @@ class Ranks:
 
     def close(self) -> None:
         """End the followers, and forget that there were any; idempotent."""
-        for pipe in self._pipes.values():
+        if self._closed:
+            return
+        self._closed = True
+        until = time.monotonic() + _GRACE_S
+        for pipe in list(self._pipes.values()):
             with suppress(OSError):
                 pipe.send_bytes(pickle.dumps(None))
-        for process in self._processes.values():
-            process.join(_GRACE_S)
+        for process in list(self._processes.values()):
+            process.join(max(0.0, until - time.monotonic()))
         self._end()
-
-    def _end(self) -> None:
-        if not self._pipes:
-            return
-        for process in self._processes.values():
-            process.kill()
-            process.join()
-        for pipe in self._pipes.values():
-            pipe.close()
-        self._pipes, self._processes = {}, {}
         if self._thread is not None:
-            self._thread.join(_GRACE_S)  # by gloo it sees at once that the others are gone
+            self._thread.join(_LEAVES_S)
             if dist.is_initialized() and not self._thread.is_alive():
                 dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+    def _end(self) -> None:
+        with self._ending:  # what closes this may not be what waits for a command
+            for process in self._processes.values():
+                process.kill()
+                process.join()
+            for pipe in self._pipes.values():
+                pipe.close()
+            self._pipes, self._processes = {}, {}
 
 
 @dataclass(frozen=True, slots=True)

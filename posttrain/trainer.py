@@ -98,7 +98,7 @@ class Trainer:
         trained = trainable(model, config)
         if place is not None:
             shards.make_alike(trained)
-        self._count = self.accelerator.num_processes
+        self._rank, self._count = self.accelerator.process_index, self.accelerator.num_processes
         self._sharded, self._stale = isinstance(config.parallel, FsdpConfig), False
         self._reference: nn.Module | None = None
         if config.lora is None and not isinstance(loss, DistillLoss) and loss.kl:
@@ -108,7 +108,7 @@ class Trainer:
             else:
                 self._reference = self.accelerator.prepare_model(frozen, evaluation_mode=True)
         # Rank 0 has the weights as a whole too, for all that reads them.
-        whole = copy.deepcopy(trained) if self._sharded and self.accelerator.is_main_process else None
+        whole = copy.deepcopy(trained) if self._sharded and self._rank == 0 else None
         optimizer = make_optimizer(trained.named_parameters(), config)
         if config.activations != "keep":
             # On a CPU they are in the host's memory as it is, and torch refuses to pin it.
@@ -160,12 +160,8 @@ class Trainer:
                 "true, or trainer.replay_choices to false"
             )
         shares = [ordered[i::parts] for i in range(parts) if ordered[i::parts]]
-        size, replay, rank = (
-            self.config.tokens_per_micro_batch,
-            self.config.replay_choices,
-            self.accelerator.process_index,
-        )
-        groups = [deal(share, size, rank, self._count, replay, self._shares_prompts) for share in shares]
+        size, replay = self.config.tokens_per_micro_batch, self.config.replay_choices
+        groups = [deal(share, size, self._rank, self._count, replay, self._shares_prompts) for share in shares]
         # All of it before the first update: prox is the policy that the step starts with.
         earlier = [[self._earlier(b) for b in g] for g in groups]
         mismatch = Mismatch(self.version)
@@ -284,12 +280,11 @@ class Trainer:
     @torch.no_grad()
     def _gather(self) -> None:
         """Put what training may have changed into the whole model of rank 0."""
-        main = self.accelerator.is_main_process
-        whole = self._plain.state_dict() if main else {}
+        whole = self._plain.state_dict() if self._rank == 0 else {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
                 found = shards.gathered(tensor.detach())
-                if main:
+                if self._rank == 0:
                     whole[name].copy_(found)
 
     def weights(self) -> dict[str, Tensor]:
@@ -334,7 +329,7 @@ class Trainer:
 
     def _optimizer_state(self) -> dict[str, Any] | None:
         state = shards.gathered(self.optimizer.state_dict())
-        return state if self.accelerator.is_main_process else None
+        return state if self._rank == 0 else None
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``."""
@@ -351,7 +346,7 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         self.schedule.load_state_dict(state["schedule"])
         self.version = state["version"]
-        if self.accelerator.is_main_process:
+        if self._rank == 0:
             torch.set_rng_state(state["rng"])
 
     def close(self) -> None:

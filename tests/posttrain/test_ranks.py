@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
@@ -136,6 +137,8 @@ def test_two_processes_take_the_steps_of_one(case: str, tmp_path: Path) -> None:
         middle = copied(one.state())
         last = taken(one, ODD[2:])
         state, weights = copied(one.state()), copied(one.weights())
+        if "lora" in options:
+            one.save_adapter(tmp_path / "adapter")
     assert sum(not torch.equal(start[k], weights[k]) for k in start) >= 4
 
     outlet = FolderOutlet(tmp_path / "weights") if kind == "qwen3" else SharedOutlet()
@@ -154,6 +157,10 @@ def test_two_processes_take_the_steps_of_one(case: str, tmp_path: Path) -> None:
         read_into(reader, two.publish().where)
         close(dict(state_of(reader)), copied(two.weights()), atol=0)
         whole = copied(two.weights())
+    if "lora" in options:
+        two.save_adapter(tmp_path / "same")
+        same, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("same", "adapter"))
+        close(same, wanted)
     two.save(tmp_path / "model")  # as a stage does, which has closed the trainer by then
     close(dict(state_of(load_any(tmp_path / "model", torch.float32))), whole, atol=1e-6)
 
