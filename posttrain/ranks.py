@@ -153,7 +153,7 @@ class Ranks:
 
         Raises what ``work`` raises, or RankError if it is another rank that failed, died or was too slow. After that
         there are no followers any more."""
-        return self._together(method.strip("_"), (method, tuple(args)), work)
+        return self._together(method.strip("_").replace("_", " "), (method, tuple(args)), work)
 
     def _together(self, what: str, message: tuple[str, tuple[Any, ...]], work: Callable[[], Any]) -> list[Any]:
         if not self._pipes:
