@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from posttrain.files import remove
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.model.checkpoint import load_any
 from posttrain.optim import make_optimizer
+from posttrain.ranks import die_with_parent
 
 _POLL_S = 0.5
 
@@ -88,18 +88,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _die_with_parent() -> None:
-    """A killed run must not leave workers that write into the directory of the next one."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 class _Report(TrainerCallback):
     def __init__(self, steps: Any) -> None:
         self._steps = steps
@@ -132,7 +120,7 @@ class _RouterBiases(TrainerCallback):
 
 
 def _work(rank: int, job: _Job, steps: Any) -> None:
-    _die_with_parent()
+    die_with_parent()  # else workers of a killed run would write into the directory of the next one
     disable_progress_bar()
     # TRL sets the old name of a setting, whatever its caller says.
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)

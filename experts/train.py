@@ -23,7 +23,7 @@ from posttrain.engine.local import LocalEngine
 from posttrain.engine.start import start_engine, weights_outlet
 from posttrain.engine.vllm import VllmEngine
 from posttrain.errors import EngineError, UserError
-from posttrain.files import write_text
+from posttrain.files import save_state, write_text
 from posttrain.groups import Group, TaskSource
 from posttrain.journal import Journal, read_journal, rollout_from_dict, rollout_to_dict
 from posttrain.loop import Loop
@@ -34,7 +34,7 @@ from posttrain.objective_settings import LossConfig
 from posttrain.protocols import Credit
 from posttrain.run import RunDir
 from posttrain.settings import EngineConfig, LoopConfig, TrainerConfig
-from posttrain.trainer import Trainer, save_state
+from posttrain.trainer import Trainer
 from posttrain.types import Rollout
 from posttrain.waits import forget
 from posttrain.watch import Alarm, Paused, Watch

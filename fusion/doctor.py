@@ -12,6 +12,7 @@ from fusion.config import PipelineConfig
 from fusion.preflight import preflight, preflight_worlds
 from posttrain.errors import ConfigError
 from posttrain.machine import PATIENCE_S, Finding, Probe, ask_torch, examine, gpus_of, machine_probes, once, vllm
+from posttrain.settings import AloneConfig, TrainerConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,6 +100,8 @@ def _needs(path: Path, config: PipelineConfig, said: Any, plans: list[Plan]) -> 
         "engine": partial(_engine, config.engine),
         "precision": partial(_precision, config, said),
     }
+    if any(not isinstance(trainer.parallel, AloneConfig) for trainer in _trainers(config).values()):
+        probes["trainer ranks"] = partial(_ranks, config, said)
     for name, world in config.worlds.items():
         sandbox = getattr(world, "sandbox", None)
         if sandbox is not None:
@@ -117,8 +120,29 @@ def _engine(config: Any) -> Finding:
     return Finding(name="engine", state="limited", found=f"{config.type}: not looked for", cure="start it and see")
 
 
+def _trainers(config: PipelineConfig) -> dict[str, TrainerConfig]:
+    """By the key of their stage."""
+    found = {f"experts.{name}": c.trainer for name, c in config.experts.items()} | {"fusion": config.fusion.trainer}
+    return found | ({"general": config.general.trainer} if config.general is not None else {})
+
+
+def _ranks(config: PipelineConfig, said: Any) -> Finding:
+    """Whether there is a GPU for every process of every trainer."""
+    several = {k: t.parallel for k, t in _trainers(config).items() if not isinstance(t.parallel, AloneConfig)}
+    key, parallel = max(several.items(), key=lambda item: max(item[1].devices or [item[1].processes - 1]))
+    there, most = len(gpus_of(said())), f"{parallel.type}, {parallel.processes} of them"
+    wanted = max(parallel.devices or [parallel.processes - 1]) + 1
+    if not there:
+        return Finding(name="trainer ranks", state="ok", found=f"{most}, on the CPU by gloo")
+    if wanted > there:
+        cure = f"lower {key}.trainer.parallel.processes, or name others in devices"
+        found = f"{most}, for which there must be {wanted} GPUs, and there are {there}"
+        return Finding(name="trainer ranks", state="missing", found=found, cure=cure)
+    return Finding(name="trainer ranks", state="ok", found=f"{most}, with a GPU each")
+
+
 def _precision(config: PipelineConfig, said: Any) -> Finding:
-    trainers = {f"experts.{name}": c.trainer for name, c in config.experts.items()} | {"fusion": config.fusion.trainer}
+    trainers = _trainers(config)
     half = [key for key, trainer in trainers.items() if trainer.mixed_precision == "bf16"]
     answer = said()
     if half and not answer.get("bf16"):

@@ -19,7 +19,7 @@ from posttrain import memory
 from posttrain.activations import NoEstimate
 from posttrain.machine import memory_here, shared_free
 from posttrain.objective_settings import ClippedLoss
-from posttrain.settings import TrainerConfig, VllmEngineConfig
+from posttrain.settings import AloneConfig, TrainerConfig, VllmEngineConfig
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ class Plan:
     stage: str
     """Its key in the config."""
     trainer: Mapping[str, int]
-    """On the GPU if there is one, with the servers that vLLM starts there."""
+    """Of one rank. On the GPU if there is one, with the servers that vLLM starts there."""
+    ranks: int = 1
+    """Of the trainer, with a GPU each."""
     host: Mapping[str, int]
     """Never there."""
     shared: int = 0
@@ -46,11 +48,13 @@ class Plan:
     def needs(self, on_gpu: bool) -> tuple[int, int]:
         """Bytes of the GPU and of the machine."""
         trainer, host = sum(self.trainer.values()), sum(self.host.values())
-        return (trainer, host) if on_gpu else (0, trainer + host)
+        return (trainer, host) if on_gpu else (0, self.ranks * trainer + host)
 
     def text(self, on_gpu: bool) -> str:
         """One line: where how much goes."""
         where = "on the GPU" if on_gpu else "on the CPU"
+        if self.ranks > 1:
+            where = f"on each of {self.ranks} GPUs" if on_gpu else f"{self.ranks} times on the CPU"
         parts = [f"{name} {gib(size)}" for name, size in self.host.items()]
         trainer = ", ".join(f"{name} {gib(size)}" for name, size in self.trainer.items())
         note = f"; {self.note}" if self.note else ""
@@ -59,7 +63,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         parts = {"trainer": dict(self.trainer), "host": dict(self.host)}
-        return {"stage": self.stage, **parts, "shared": self.shared, "note": self.note}
+        several = {"ranks": self.ranks} if self.ranks > 1 else {}
+        return {"stage": self.stage, **several, **parts, "shared": self.shared, "note": self.note}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +114,7 @@ def _cold_start(config: PipelineConfig, c: ColdStartConfig) -> Plan:
 def _learner(config: PipelineConfig, stage: str, c: ExpertConfig | FusionConfig, teachers: int) -> Plan:
     trainer = memory.trainer_memory(config.model, c.trainer, c.loss, _longest(config))
     versions = c.loop.max_staleness + 1 if c.loop.versions == "pinned" else 1
-    host, notes = {"programs": memory.TRAINING_PROGRAM}, list[str]()
+    host, notes = {"programs": memory.TRAINING_PROGRAM} | memory.host_memory(config.model, c.trainer), list[str]()
     if isinstance(config.engine, VllmEngineConfig):
         trainer |= _beside(config, "engine", config.engine, notes)
         if config.engine.weights == "lora":
@@ -127,10 +132,13 @@ def _learner(config: PipelineConfig, stage: str, c: ExpertConfig | FusionConfig,
     elif teachers:
         host |= memory.teacher_memory(config.model, teachers)
     served = isinstance(config.engine, VllmEngineConfig)
+    parallel = c.trainer.parallel
+    ranks = 1 if isinstance(parallel, AloneConfig) else parallel.processes
     batch, adapters = f"{stage}.trainer.tokens_per_micro_batch", f"{stage}.trainer.lora (set it)"
     return Plan(
         stage=stage,
         trainer=trainer,
+        ranks=ranks,
         host=host,
         shared=host.get("published", 0),
         keys={
@@ -186,7 +194,8 @@ def problems(plan: Plan, room: Room) -> list[str]:
 
 def _shares(plan: Plan, room: Room) -> list[tuple[float, str]]:
     gpu, host = plan.needs(room.gpu is not None)
-    there = plan.host if room.gpu is not None else {**plan.trainer, **plan.host}
+    of_ranks = {part: plan.ranks * size for part, size in plan.trainer.items()}
+    there = plan.host if room.gpu is not None else {**of_ranks, **plan.host}
     found = [(host / room.host, _too_much(plan, there, "memory", host, room.host))]
     if room.gpu is not None:
         found.append((gpu / room.gpu, _too_much(plan, plan.trainer, "the GPU's memory", gpu, room.gpu)))

@@ -17,6 +17,9 @@ from torch import Tensor
 from posttrain.prompts import Prompts, shared, stack, without
 from posttrain.types import Choices, Sample, Support
 
+_BY_TOKEN = ("support_NK", "support_teacher_NK")
+"""Fields that have a row for every trained token."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -60,6 +63,12 @@ class Batch:
             return ids_N
         return torch.cat([ids_N[:, None], torch.where(self.support_NK < 0, ids_N[:, None], self.support_NK)], 1)
 
+    def idle(self) -> Batch:
+        """The same forward, which trains nothing and counts for nothing."""
+        none = {f: None if t is None else t[:0] for f in _BY_TOKEN for t in (getattr(self, f),)}
+        nothing = torch.zeros_like(self.real_BT)
+        return replace(self, sampled_BT=nothing, real_BT=nothing, **none)
+
 
 def pack(
     samples: Sequence[Sample],
@@ -73,16 +82,7 @@ def pack(
     ``share``: what samples begin with is in ``prompts``, if that saves something. ``packed``: padding costs nothing."""
     if share and (groups := shared(samples)):
         return _pack_groups(groups, tokens_per_micro_batch)
-    order = sorted(samples, key=lambda s: (-len(s.ids), s.rollout))
-    chunks: list[list[Sample]] = []
-    room = 0
-    for sample in order:
-        cost = len(sample.ids) if packed or not chunks else len(chunks[-1][0].ids)
-        if cost > room:
-            chunks.append([])
-            cost, room = len(sample.ids), tokens_per_micro_batch
-        chunks[-1].append(sample)
-        room -= cost
+    chunks = _chunks(samples, tokens_per_micro_batch, packed)
     batches = [_tensors(chunk) for chunk in chunks]
     if choices:
         recorded = [
@@ -90,6 +90,45 @@ def pack(
         ]
         batches = [replace(b, slots_BTLK=s, columns_BTLOK=c) for b, (s, c) in zip(batches, recorded, strict=True)]
     return batches
+
+
+def deal(
+    samples: Sequence[Sample],
+    tokens_per_micro_batch: int,
+    rank: int,
+    count: int,
+    choices: bool = False,
+    share: bool = False,
+    packed: bool = False,
+) -> list[Batch]:
+    """What one of ``count`` ranks has of ``samples``, at least one, packed: similar lengths in all ranks, and as many
+    micro-batches, since a forward takes all of them. The last of a rank may be idle. ``share``: for one rank."""
+    if count == 1:
+        return pack(samples, tokens_per_micro_batch, choices, share, packed)
+    order = _order(samples)
+    most = max(len(_chunks(order[r::count], tokens_per_micro_batch, packed)) for r in range(count))
+    batches = pack(order[rank::count], tokens_per_micro_batch, choices, packed=packed)
+    if len(batches) < most:
+        (shortest,) = pack(order[-1:], tokens_per_micro_batch, choices)
+        batches += [shortest.idle()] * (most - len(batches))
+    return batches
+
+
+def _order(samples: Sequence[Sample]) -> list[Sample]:
+    return sorted(samples, key=lambda s: (-len(s.ids), s.rollout))
+
+
+def _chunks(samples: Sequence[Sample], tokens_per_micro_batch: int, packed: bool) -> list[list[Sample]]:
+    chunks: list[list[Sample]] = []
+    room = 0
+    for sample in _order(samples):
+        cost = len(sample.ids) if packed or not chunks else len(chunks[-1][0].ids)
+        if cost > room:
+            chunks.append([])
+            cost, room = len(sample.ids), tokens_per_micro_batch
+        chunks[-1].append(sample)
+        room -= cost
+    return chunks
 
 
 def _pack_groups(groups: Mapping[tuple[int, ...], Sequence[Sample]], size: int) -> list[Batch]:

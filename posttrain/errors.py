@@ -20,6 +20,10 @@ class DiskFull(UserError):
     """Names what was being written; what is there is whole."""
 
 
+class RankError(Exception):
+    """A process of a trainer that has several died, failed or did not answer within its bound."""
+
+
 class ToolError(Exception):
     """A tool failed the way tools fail: its text goes to the model."""
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,3 +110,16 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def save_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint that is either whole or absent."""
+    import torch
+
+    temporary = path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with needs_room(path), open(temporary, "wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

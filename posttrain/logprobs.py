@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Logits of a chunk: 1 MiB in float32 stays in a core's cache, 256 MiB keeps a GPU busy."""
@@ -28,7 +29,10 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     """The head of a causal LM whose logits are ``hidden @ weight.T`` and no more, else None."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
     config = getattr(model, "config", None)
-    if type(head) is not nn.Linear or head.bias is not None or type(head.weight.data) is not Tensor:
+    # By what it does, since FSDP makes a class of its own of every class.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or head.bias is not None:
+        return None
+    if type(head.weight.data) not in (Tensor, DTensor):
         return None
     return None if any(getattr(config, field, None) not in (None, 1, 1.0) for field in _SCALED) else head
 

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 from posttrain.activations import FLOAT, NoEstimate, kept_per_token
 from posttrain.objective_settings import DistillLoss, LossConfig, TopkEstimator
 from posttrain.settings import (
+    AloneConfig,
+    DdpConfig,
+    FsdpConfig,
     LocalEngineConfig,
     ModelConfig,
     MuonConfig,
@@ -69,9 +72,8 @@ def weight_bytes(spec: ModelConfig) -> int:
 def trainer_memory(
     spec: ModelConfig, config: TrainerConfig, loss: LossConfig, longest: int, device: str = "cpu"
 ) -> dict[str, int]:
-    """The largest moment of a step, all on ``device``, for sequences of at most ``longest`` tokens.
-
-    Raises NoEstimate."""
+    """The largest moment of a step, all on ``device``, for sequences of at most ``longest`` tokens; of one rank where
+    there are several. Raises NoEstimate."""
     from posttrain.logprobs import CHUNK, plain_head
     from posttrain.model import Longcat2ForCausalLM
 
@@ -89,7 +91,7 @@ def trainer_memory(
         layers = text.num_hidden_layers
         kept = kept // layers + (layers * width * text.hidden_size if config.activations == "recompute" else 0)
     activations = tokens * kept
-    if width < FLOAT:
+    if width < FLOAT and not isinstance(config.parallel, FsdpConfig):
         # The copies that autocast makes. It keeps those of weights that are trained; another's lives as long as what
         # the backward needs of its layer.
         alone = config.lora is not None and config.activations != "keep"
@@ -120,10 +122,31 @@ def trainer_memory(
     if isinstance(loss, DistillLoss) and isinstance(loss.estimator, TopkEstimator):
         parts["support"] = _PER_JUDGED * tokens * loss.estimator.support
     step = parts["activations"] + parts["log-probs"] + parts.get("support", 0)
+    if isinstance(config.parallel, FsdpConfig):
+        return parts | _in_parts(parts, config.parallel, max(_layer_size(model), FLOAT * vocabulary * hidden))
+    if isinstance(config.parallel, DdpConfig):
+        parts["gradients"] *= 2  # and the buckets in which they are summed
     merged = FLOAT * _adapted_values(model) if config.lora is not None else 0
     if merged > step:  # while weights are published nothing else of a step is there
         parts["merged adapters"] = merged - step
     return parts
+
+
+def _in_parts(parts: Mapping[str, int], parallel: FsdpConfig, unit: int) -> dict[str, int]:
+    """What is another for a rank that has parts; ``unit`` are the bytes of the largest layer, or of the head."""
+    in_parts = ("weights", "reference", "adapters", "gradients", "optimizer")
+    shares = {part: -(-size // parallel.processes) for part, size in parts.items() if part in in_parts}
+    # One layer in use and the next one on its way, and the gradient of one.
+    return {**shares, "gathered layers": 3 * unit}
+
+
+def host_memory(spec: ModelConfig, config: TrainerConfig) -> dict[str, int]:
+    """What a trainer has beside what ``trainer_memory`` says, never on a GPU. Raises NoEstimate."""
+    if isinstance(config.parallel, AloneConfig):
+        return {}
+    followers = {"programs of ranks": (config.parallel.processes - 1) * TRAINING_PROGRAM}
+    # Rank 0 reads all weights from a copy that is whole.
+    return followers | ({"whole weights": weight_bytes(spec)} if isinstance(config.parallel, FsdpConfig) else {})
 
 
 def optimizer_bytes(trained: Mapping[str, Any], config: TrainerConfig) -> int:
@@ -212,6 +235,12 @@ def _size(model: Any) -> int:
     return FLOAT * sum(p.numel() for p in model.parameters())
 
 
+def _layer_size(model: Any) -> int:
+    """Of the largest of the layers that are gathered one by one."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    return max((_size(m) for m in model.modules() if type(m).__name__ in names), default=_size(model))
+
+
 def _linear_values(model: Any) -> int:
     from torch import nn
 
@@ -230,6 +259,7 @@ __all__ = [
     "blank",
     "cache_bytes",
     "engine_memory",
+    "host_memory",
     "optimizer_bytes",
     "served_memory",
     "teacher_memory",

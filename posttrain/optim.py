@@ -48,6 +48,16 @@ def _settings(name: str, parameter: Tensor, config: OptimizerSettings) -> dict[s
     return {"lr": config.lr * scale, "weight_decay": decay, "betas": config.betas, "fused": True}
 
 
+def rate_of(warmup_steps: int, decay: bool, total: int) -> Callable[[int], float]:
+    """Factor on the peak rate at an optimizer step of ``total``: a rise from 0, then a fall to a tenth."""
+
+    def rate(step: int) -> float:
+        rise = min(1.0, (step + 1) / (warmup_steps + 1))
+        return rise * (1 - 0.9 * min(1.0, step / total)) if decay else rise
+
+    return rate
+
+
 def hidden_matrices(name: str, parameter: Tensor, muon: MuonConfig) -> bool:
     """Whether the parameter of this name is Muon's."""
     return parameter.ndim in (2, 3) and not any(re.search(pattern, name) for pattern in muon.exclude)

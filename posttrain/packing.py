@@ -53,6 +53,8 @@ class Packed:
 def packed(batch: Batch) -> Packed:
     """The same sequences in the same order."""
     real_BT, device = batch.real_BT, batch.real_BT.device
+    if not real_BT.any():  # a batch that is idle is forwarded too
+        real_BT = torch.ones_like(real_BT)
     starts_B1 = torch.zeros(len(real_BT) + 1, dtype=torch.int32, device=device)
     starts_B1[1:] = real_BT.sum(1).cumsum(0)
     rows_N, columns_N = batch.sampled_BT.nonzero(as_tuple=True)

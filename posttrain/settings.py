@@ -166,6 +166,44 @@ class MuonConfig(Config):
 OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="type")]
 
 
+class AloneConfig(Config):
+    """One process, which is the one that runs the loop."""
+
+    type: Literal["none"] = "none"
+
+
+class _Processes(Config):
+    """Processes of this machine that train one model together. The first is the one that runs the loop."""
+
+    processes: Annotated[int, Field(ge=2)]
+    """Ranks: one a GPU, or on a machine without GPUs one a few cores (see ``threads``)."""
+    devices: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list[int])
+    """Number of each rank's GPU, of those that the command sees; empty: rank i has GPU i."""
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Bound on a step of all ranks, and on everything else that they do together, in seconds."""
+
+    @model_validator(mode="after")
+    def _a_device_each(self) -> _Processes:
+        if self.devices and (len(self.devices) != self.processes or len(set(self.devices)) != self.processes):
+            raise ValueError(f"devices: {self.devices} for {self.processes} processes; give each one of its own")
+        return self
+
+
+class DdpConfig(_Processes):
+    """A whole model in every rank; gradients are averaged (DDP)."""
+
+    type: Literal["ddp"]
+
+
+class FsdpConfig(_Processes):
+    """Weights, gradients and moments in equal parts, a part in every rank (FSDP2)."""
+
+    type: Literal["fsdp"]
+
+
+ParallelConfig = Annotated[AloneConfig | DdpConfig | FsdpConfig, Field(discriminator="type")]
+
+
 class OptimizerSettings(Config):
     """What every training says of its optimizer."""
 
@@ -220,6 +258,8 @@ class TrainerConfig(OptimizerSettings):
     """Use the MoE slots and attended columns that the engine chose when it sampled (``engine.record_choices``)."""
     deterministic: bool = False
     """Fix the order of every sum on a GPU as well (``posttrain.determinism`` names them); slower there."""
+    parallel: ParallelConfig = AloneConfig()
+    """Processes that train one model together."""
 
     @model_validator(mode="after")
     def _one_layout(self) -> TrainerConfig:
@@ -231,6 +271,19 @@ class TrainerConfig(OptimizerSettings):
     def _whole_matrices(self) -> TrainerConfig:
         if self.lora is not None and isinstance(self.optimizer, MuonConfig):
             raise ValueError("optimizer: muon is for whole matrices; with lora use type: adamw")
+        if isinstance(self.parallel, FsdpConfig) and isinstance(self.optimizer, MuonConfig):
+            raise ValueError(
+                "optimizer: muon is for whole matrices, and parallel.type fsdp has them in parts; use type: adamw, or "
+                "parallel.type ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _for_one_process(self) -> TrainerConfig:
+        if not isinstance(self.parallel, AloneConfig):
+            for key in ("compile", "share_prompts"):
+                if getattr(self, key):
+                    raise ValueError(f"{key}: is for one process; set it to false, or parallel.type to none")
         return self
 
 

@@ -1,5 +1,8 @@
 """Steps on batches. One class for one process or many: what is parallel is Accelerate's business.
 
+With several, whoever has the trainer has rank 0, and calls it as if it were alone. Methods whose name begins with an
+underscore and that ``_everywhere`` is given run on all ranks at once (``posttrain.ranks``).
+
 Shapes: B sequences, T tokens, N trained tokens, V vocabulary.
 """
 
@@ -7,35 +10,36 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from posttrain import determinism, objective, packing
-from posttrain.batch import Batch, pack
+from posttrain import determinism, objective, packing, shards
+from posttrain.batch import Batch, deal
 from posttrain.errors import UserError
 from posttrain.files import needs_room
 from posttrain.logprobs import bare, plain_head, token_logprobs
-from posttrain.mismatch import Gaps, Mismatch
+from posttrain.mismatch import Gaps, Mismatch, together
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.model.layer import LayerReplay
 from posttrain.model.outputs import Longcat2CausalOutput
 from posttrain.objective import Extent, OnSupport, Tokens
 from posttrain.objective_settings import DistillLoss, LossConfig
-from posttrain.optim import make_optimizer
+from posttrain.optim import make_optimizer, rate_of
+from posttrain.prepare import compile_layers, refuse_parts, trainable
 from posttrain.prompts import can_share, read
-from posttrain.settings import TrainerConfig
+from posttrain.ranks import Place, Ranks, make_accelerator
+from posttrain.settings import AloneConfig, FsdpConfig, TrainerConfig
 from posttrain.types import Sample, Weights
-from posttrain.weights import Outlet, SharedOutlet, state_of
+from posttrain.weights import Outlet, SharedOutlet, merged_state_of, state_of
 
 
 class _Earlier(NamedTuple):
@@ -45,6 +49,16 @@ class _Earlier(NamedTuple):
     """Those at the start of the step; None: they are the ones being trained."""
     reference_N: Tensor | None = None
     """Those at the start of the stage; None: the objective does not use them."""
+
+
+class _Part(NamedTuple):
+    """What one rank saw of a step."""
+
+    totals: dict[str, float]
+    """Sums for ``objective.means``."""
+    gaps: dict[int, Gaps]
+    norms: list[float]
+    """Of the gradient of each optimizer step, over all ranks."""
 
 
 class Trainer:
@@ -59,64 +73,85 @@ class Trainer:
         loss: LossConfig,
         total_steps: int,
         outlet: Outlet | None = None,
+        place: Place | None = None,
     ):
-        torch.set_num_threads(config.threads)
-        if config.deterministic:
-            determinism.enforce()
+        """``place``: of a follower; see ``posttrain.ranks``."""
         self.config, self.loss, self.version = config, loss, 0
         self.gaps: dict[int, Gaps] = {}
         """Between trainer and engine, of the tokens of the last step, by their staleness."""
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        model.train()
-        if config.packed:
-            packing.enable(model)
-        if isinstance(model, Longcat2ForCausalLM):
-            model.freeze_idle()
-        for name, parameter in model.named_parameters():
-            if any(re.search(pattern, name) for pattern in config.freeze):
-                parameter.requires_grad_(False)
+        self._outlet: Outlet = outlet or SharedOutlet()
+        self._ranks: Ranks | None = None
+        if isinstance(config.parallel, AloneConfig) or place is not None:
+            self._build(model, total_steps, place)
+        else:
+            refuse_parts(model, config)
+            follower = partial(_follower, shards.outline(model), torch.initial_seed(), config, loss, total_steps)
+            self._ranks = Ranks(config.parallel)
+            self._ranks.begin(follower, partial(self._build, model, total_steps, self._ranks.place))
+
+    def _build(self, model: PreTrainedModel, total_steps: int, place: Place | None) -> None:
+        config, loss = self.config, self.loss
+        torch.set_num_threads(config.threads)
+        if config.deterministic:
+            determinism.enforce()
+        self.accelerator = make_accelerator(config, place)
+        trained = trainable(model, config)
+        if place is not None:
+            shards.make_alike(trained)
+        self._rank, self._count = self.accelerator.process_index, self.accelerator.num_processes
+        self._sharded, self._stale = isinstance(config.parallel, FsdpConfig), False
         self._reference: nn.Module | None = None
         if config.lora is None and not isinstance(loss, DistillLoss) and loss.kl:
             frozen = copy.deepcopy(model).eval().requires_grad_(False)
-            self._reference = self.accelerator.prepare_model(frozen, evaluation_mode=True)
-        trained: nn.Module = model
-        if config.lora is not None:
-            import peft
-
-            spec = peft.LoraConfig(
-                r=config.lora.rank,
-                lora_alpha=config.lora.alpha,  # pyright: ignore[reportArgumentType]  # peft takes floats too
-                target_modules=config.lora.targets,
-                lora_dropout=0.0,
-            )
-            trained = peft.get_peft_model(model, spec)  # pyright: ignore[reportArgumentType]
+            if self._sharded:
+                self._reference = fsdp2_prepare_model(self.accelerator, frozen)
+            else:
+                self._reference = self.accelerator.prepare_model(frozen, evaluation_mode=True)
+        # Rank 0 has the weights as a whole too, for all that reads them.
+        whole = copy.deepcopy(trained) if self._sharded and self._rank == 0 else None
         optimizer = make_optimizer(trained.named_parameters(), config)
         if config.activations != "keep":
             # On a CPU they are in the host's memory as it is, and torch refuses to pin it.
             offload = config.activations == "offload" and self.accelerator.device.type != "cpu"
             model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
         if config.compile:
-            _compile(model)
-        total = max(1, total_steps * config.updates_per_batch)
-
-        def rate(step: int) -> float:
-            rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
-            return rise * (1 - 0.9 * min(1.0, step / total)) if config.decay else rise
-
+            compile_layers(model)
         self.base = model
         self.model, self.optimizer = self.accelerator.prepare(trained, optimizer)
-        ours, alone = isinstance(model, Longcat2ForCausalLM), self.accelerator.num_processes == 1
-        self._shares_prompts = config.share_prompts and alone and not ours and can_share(model)
+        self._plain: Any = self.accelerator.unwrap_model(self.model) if whole is None else whole
+        ours = isinstance(model, Longcat2ForCausalLM)
+        self._shares_prompts = config.share_prompts and not ours and can_share(model)
         # Not prepared: Accelerate would advance it once a process and step.
+        rate = rate_of(config.warmup_steps, config.decay, max(1, total_steps * config.updates_per_batch))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        self._outlet: Outlet = outlet or SharedOutlet()
+
+    def _everywhere(self, method: str, *args: Any, others: Sequence[Any] | None = None) -> list[Any]:
+        """What the method returns, by rank; ``others`` are the arguments of all but rank 0, if they are not its."""
+        work = partial(getattr(self, method), *args)
+        return [work()] if self._ranks is None else self._ranks.together(method, others or args, work)
 
     def step(self, samples: Sequence[Sample], num_rollouts: int) -> dict[str, float]:
         """Train on ``samples``, which came from ``num_rollouts`` rollouts (those without signal counted too).
 
         Returns means over the trained tokens. With no trained token at all the weights stay as they are. Raises
-        FloatingPointError on a gradient that is not finite, before the optimizer sees it."""
-        parts = self.config.updates_per_batch
+        FloatingPointError on a gradient that is not finite, before the optimizer sees it, and RankError if a process
+        of the trainer is gone."""
+        self._stale = self._sharded
+        parts: list[_Part] = self._everywhere("_step", samples, num_rollouts, self.version)
+        self.gaps = together(part.gaps for part in parts)
+        totals: dict[str, float] = {}
+        for part in parts:
+            _add(totals, part.totals)
+        norms = parts[0].norms
+        return {
+            **objective.means(totals, len(norms)),
+            "tokens": totals.get("tokens", 0.0),
+            "grad_norm": max(norms, default=0.0),
+            "lr": float(self.schedule.get_last_lr()[0]),
+        }
+
+    def _step(self, samples: Sequence[Sample], num_rollouts: int, version: int) -> _Part:
+        self.version, parts = version, self.config.updates_per_batch
         # Without trained tokens there is no gradient, and a step on none would still move by momentum and decay.
         ordered = sorted((s for s in samples if any(s.sampled[1:])), key=lambda s: s.rollout)
         if self.config.replay_choices and any(s.choices is None for s in ordered):
@@ -124,30 +159,28 @@ class Trainer:
                 "trainer.replay_choices: there are samples without recorded choices: set engine.record_choices to "
                 "true, or trainer.replay_choices to false"
             )
+        shares = [ordered[i::parts] for i in range(parts) if ordered[i::parts]]
         size, replay = self.config.tokens_per_micro_batch, self.config.replay_choices
-        share, packed = self._shares_prompts, self.config.packed
-        groups = [pack(ordered[i::parts], size, replay, share, packed) for i in range(parts)]
+        shared, packed = self._shares_prompts, self.config.packed
+        groups = [deal(s, size, self._rank, self._count, replay, shared, packed) for s in shares]
         # All of it before the first update: prox is the policy that the step starts with.
         earlier = [[self._earlier(b) for b in g] for g in groups]
         mismatch = Mismatch(self.version)
         totals: dict[str, float] = {}
         norms: list[float] = []
-        for batches, known in zip(groups, earlier, strict=True):
-            if not batches:
-                continue
-            extent = Extent(num_rollouts / parts, sum(int(b.sampled_BT.sum()) for b in batches))
-            real = sum(int(b.real_BT.sum()) for b in batches)
-            for batch, known_N in zip(batches, known, strict=True):
-                self._accumulate(batch, known_N, extent, real, totals, mismatch)
+        for share, batches, known in zip(shares, groups, earlier, strict=True):
+            # Of all ranks, as the gradient is.
+            extent = Extent(num_rollouts / parts, sum(sum(s.sampled[1:]) for s in share))
+            real = sum(len(s.ids) for s in share)
+            for i, batch in enumerate(batches):
+                with self._summing(i == len(batches) - 1):
+                    self._accumulate(batch, known[i], extent, real, totals, mismatch)
             norms.append(self._update())
-        self.gaps = mismatch.gaps()
-        tokens, rate = totals.get("tokens", 0.0), float(self.schedule.get_last_lr()[0])
-        return {
-            **objective.means(totals, len(norms)),
-            "tokens": tokens,
-            "grad_norm": max(norms, default=0.0),
-            "lr": rate,
-        }
+        return _Part(totals, mismatch.gaps(), norms)
+
+    def _summing(self, last: bool) -> AbstractContextManager[Any]:
+        """With whole gradients in every rank they travel once an update, after the last micro-batch."""
+        return nullcontext() if last or self._sharded else self.accelerator.no_sync(self.model)
 
     def _earlier(self, batch: Batch) -> _Earlier:
         if isinstance(self.loss, DistillLoss):
@@ -207,9 +240,8 @@ class Trainer:
         if aux is not None:
             total = total + aux * (batch.real_BT.sum().item() / real)
             stats["aux_loss"] = aux.item() * len(pi_N)
-        self.accelerator.backward(total)
-        for key, value in stats.items():
-            totals[key] = totals.get(key, 0.0) + value
+        self.accelerator.backward(total * self._count)  # of the ranks' gradients the mean is taken
+        _add(totals, stats)
 
     def _logprobs(
         self, batch: Batch, with_grad: bool, model: nn.Module | None = None
@@ -234,7 +266,7 @@ class Trainer:
             found_N = out.logits[:, :-1][batch.sampled_BT[:, 1:]] if row is None else out.logits[0, row.before_N]
             if head is not None:
                 dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
-                pi, entropy_N = token_logprobs(found_N, head.weight, ids, dtype)
+                pi, entropy_N = token_logprobs(found_N, shards.whole_weight(head.weight), ids, dtype)
             else:
                 logp_NV = torch.log_softmax(found_N.float(), dim=-1)
                 pi = logp_NV.gather(1, ids.view(len(ids), -1)).view_as(ids)
@@ -243,24 +275,31 @@ class Trainer:
             entropy_N = entropy_N.detach()
         return pi, entropy_N, out.aux_loss if isinstance(out, Longcat2CausalOutput) else None
 
+    def _whole(self) -> Any:
+        """The model being trained with all of its weights, on rank 0. After ``close`` as they were last asked for."""
+        if self._stale:
+            self._everywhere("_gather")
+            self._stale = False
+        return self._plain
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Put what training may have changed into the whole model of rank 0."""
+        whole = self._plain.state_dict() if self._rank == 0 else {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
+                found = shards.gathered(tensor.detach())
+                if self._rank == 0:
+                    whole[name].copy_(found)
+
+    def _base(self) -> Any:
+        model = self._whole()
+        return model if self.config.lora is None else model.get_base_model()
+
     def weights(self) -> dict[str, Tensor]:
         """The policy's state dict as the engine's model has it; adapters are added in, without touching the base."""
-        if self.config.lora is None:
-            return state_of(self.accelerator.unwrap_model(self.model))
-        state: dict[str, Tensor] = {}
-        prefix = "base_model.model."
-        layers = dict(self.accelerator.unwrap_model(self.model).named_modules())
-        for name, tensor in state_of(self.accelerator.unwrap_model(self.model)).items():
-            if ".lora_" in name:
-                continue
-            plain = name.removeprefix(prefix)
-            if ".base_layer." in plain:
-                layer: Any = layers[name.rsplit(".base_layer.", 1)[0]]
-                if plain.endswith(".base_layer.weight"):
-                    tensor = tensor + layer.get_delta_weight("default")
-                plain = plain.replace(".base_layer.", ".")
-            state[plain] = tensor.detach()
-        return state
+        model = self._whole()
+        return state_of(model) if self.config.lora is None else merged_state_of(model)
 
     def publish(self) -> Weights:
         """Put the weights where the engine can take them. The engine must have taken the last ones before."""
@@ -268,16 +307,16 @@ class Trainer:
 
     def plain_weights(self) -> Mapping[str, Tensor]:
         """The policy as ``save_policy`` would save it."""
-        return revert_weight_conversion(self.base, self.weights())
+        return revert_weight_conversion(self._base(), self.weights())
 
     def save_policy(self, folder: Path) -> None:
         """The policy as it is now in Hugging Face format, adapters added in; training can go on."""
-        self.base.save_pretrained(folder, state_dict=self.weights())
+        self._base().save_pretrained(folder, state_dict=self.weights())
 
     def save_adapter(self, folder: Path) -> None:
         """The adapter alone, in peft's format."""
         assert self.config.lora is not None
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        self._whole().save_pretrained(folder)
 
     def save(self, folder: Path) -> None:
         """The policy in Hugging Face format, adapters merged."""
@@ -286,39 +325,59 @@ class Trainer:
 
     def base_model(self) -> PreTrainedModel:
         """The plain model with what was learned in it. With adapters this merges them: call it at the end."""
-        model: Any = self.accelerator.unwrap_model(self.model)
+        model = self._whole()
         return model if self.config.lora is None else model.merge_and_unload()
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs of the trainer."""
+        """Everything a resumed run needs of the trainer, with as many processes or with others."""
         return {
-            "model": self.accelerator.unwrap_model(self.model).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self._whole().state_dict(),
+            "optimizer": self._everywhere("_optimizer_state")[0],
             "schedule": self.schedule.state_dict(),
             "version": self.version,
             "rng": torch.get_rng_state(),
         }
 
+    def _optimizer_state(self) -> dict[str, Any] | None:
+        state = shards.gathered(self.optimizer.state_dict())
+        return state if self._rank == 0 else None
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``."""
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._plain.load_state_dict(state["model"])
+        self._stale = False
+        self._everywhere("_restore", state, others=[shards.without_values(dict(state))])
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """On ranks other than 0 ``state`` is without values."""
+        optimizer = state["optimizer"]
+        if self._count > 1:
+            shards.load(self.accelerator.unwrap_model(self.model), state["model"])
+            optimizer = shards.optimizer_state(self.optimizer, optimizer)
+        self.optimizer.load_state_dict(optimizer)
         self.schedule.load_state_dict(state["schedule"])
         self.version = state["version"]
-        torch.set_rng_state(state["rng"])
+        if self._rank == 0:
+            torch.set_rng_state(state["rng"])
 
     def close(self) -> None:
-        """Take away what was published; idempotent."""
+        """Take away what was published, and end the other processes; idempotent."""
         self._outlet.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
 
-def _compile(model: PreTrainedModel) -> None:
-    if isinstance(model, Longcat2ForCausalLM):
-        raise UserError(
-            "trainer.compile: models of type longcat2 choose experts and columns as they go: set it to false"
-        )
-    # In place, so that names of weights stay. Not the head, which token_logprobs applies in chunks.
-    model.base_model.compile(dynamic=True)
+def _follower(
+    outline: bytes, seed: int, config: TrainerConfig, loss: LossConfig, total_steps: int, place: Place
+) -> Trainer:
+    """The trainer of another rank; its weights come from rank 0."""
+    torch.manual_seed(seed + place.rank)
+    return Trainer(shards.from_outline(outline), config, loss, total_steps, place=place)
+
+
+def _add(totals: dict[str, float], more: Mapping[str, float]) -> None:
+    for key, value in more.items():
+        totals[key] = totals.get(key, 0.0) + value
 
 
 def _on_support(batch: Batch, logprobs: Tensor) -> tuple[Tensor, OnSupport | None]:
@@ -336,14 +395,3 @@ def _replay(batch: Batch) -> list[LayerReplay] | None:
     slots = batch.slots_BTLK.unbind(2)
     columns = [None] * len(slots) if batch.columns_BTLOK is None else batch.columns_BTLOK.unbind(2)
     return [LayerReplay(s, c) for s, c in zip(slots, columns, strict=True)]
-
-
-def save_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint that is either whole or absent."""
-    temporary = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with needs_room(path), open(temporary, "wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,23 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
             seen.add(tensor.data_ptr())
             out[name] = tensor
     return out
+
+
+def merged_state_of(model: Any) -> dict[str, Tensor]:
+    """What ``state_of`` would give of the plain model with the adapters of this one, peft's, added in."""
+    state: dict[str, Tensor] = {}
+    prefix = "base_model.model."
+    layers = dict(model.named_modules())
+    for name, tensor in state_of(model).items():
+        if ".lora_" in name:
+            continue
+        plain = name.removeprefix(prefix)
+        if ".base_layer." in plain:
+            if plain.endswith(".base_layer.weight"):
+                tensor = tensor + layers[name.rsplit(".base_layer.", 1)[0]].get_delta_weight("default")
+            plain = plain.replace(".base_layer.", ".")
+        state[plain] = tensor.detach()
+    return state
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -99,6 +99,22 @@ def test_a_gpu_takes_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 0 and "precision: limited: bf16" in text and "fusion.trainer.mixed_precision" in text
 
 
+def test_a_trainer_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = "experts.agent.trainer.parallel={type: fsdp, processes: 2}"
+    status, text = run(monkeypatch, SMOKE, "--set", ranks)
+    assert status == 0 and "trainer ranks: ok: fsdp, 2 of them, on the CPU by gloo" in text
+    assert "experts.agent: " in text and "trainer 2 times on the CPU" in text
+    status, text = run(monkeypatch, SMOKE, "--set", ranks, said=GPU)
+    assert (
+        status == 1
+        and "trainer ranks: missing: fsdp, 2 of them, for which there must be 2 GPUs, and there are 1" in text
+    )
+    assert "lower experts.agent.trainer.parallel.processes" in text
+    status, text = run(monkeypatch, SMOKE, "--set", ranks, said={**GPU, "gpus": 2 * GPU["gpus"]})
+    assert status == 0 and "trainer ranks: ok: fsdp, 2 of them, with a GPU each" in text
+    assert "trainer on each of 2 GPUs" in text
+
+
 def test_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     status, text = run(monkeypatch, said={"error": "No module named 'torch'"})
     assert status == 1 and "torch: missing: No module named 'torch' -> pip install" in text

@@ -23,10 +23,10 @@ from experts.rollouts import Player
 from experts.train import Stage, rolled_back
 from fusion.report import write_report
 from posttrain.errors import UserError
+from posttrain.files import save_state
 from posttrain.journal import read_journal
 from posttrain.run import RunDir
 from posttrain.settings import TrainerConfig
-from posttrain.trainer import save_state
 from posttrain.types import Rollout, Score
 from posttrain.watch import Paused
 from posttrain.watch_settings import RULES, Rule, WatchConfig

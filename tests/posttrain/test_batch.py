@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.batch import Batch, pack
+from posttrain.batch import Batch, deal, pack
 from posttrain.types import Sample, Support
+from tests.posttrain.small import sample
 
 
 def made(index: int, length: int, teacher: bool = False) -> Sample:
@@ -137,3 +138,22 @@ def test_to_moves_every_tensor() -> None:
     names = ("ids_BT", "sampled_BT", "behaviour_BT", "advantages_BT", "teacher_BT", "support_NK", "support_teacher_NK")
     for name in names:
         assert getattr(moved, name).is_meta, name
+
+
+def test_ranks_have_similar_lengths_and_as_many_micro_batches() -> None:
+    """Lengths 5 to 11, two rows a micro-batch: rank 0 has 11, 9, 7, 5 and rank 1 has 10, 8, 6."""
+    samples = [sample(f"g/{n}", n) for n in range(5, 12)]
+    first, second = (deal(samples, 22, rank, 2) for rank in (0, 1))
+    lengths = [[int(n) for b in batches for n in b.real_BT.sum(1)] for batches in (first, second)]
+    assert lengths == [[11, 9, 7, 5], [10, 8, 6]]
+    assert len(first) == len(second) == 2
+    assert sum(int(b.sampled_BT.sum()) for b in first + second) == sum(n - 3 for n in range(5, 12))
+
+
+def test_a_rank_without_samples_is_idle() -> None:
+    """The shortest sample stands in for them, with nothing that is trained, real or counted."""
+    one = sample("g/0", 6, teacher_logprobs=(-1.0,) * 6)
+    (own,), (idle,) = (deal([one], 100, rank, 2) for rank in (0, 1))
+    assert torch.equal(idle.ids_BT, own.ids_BT) and idle.teacher_BT is not None
+    assert (int(own.sampled_BT.sum()), int(own.real_BT.sum())) == (3, 6)
+    assert not idle.sampled_BT.any() and not idle.real_BT.any()

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from experts.credit import GroupCredit, GroupCreditConfig
 from posttrain.engine.local import LocalEngine
+from posttrain.files import save_state
 from posttrain.journal import rollout_from_dict, rollout_to_dict
 from posttrain.loop import Loop
 from posttrain.protocols import Engine
 from posttrain.settings import LoopConfig
-from posttrain.trainer import save_state
 from posttrain.types import Completion, Rollout, Sampling, Score, Segment, StopReason, Task
 from tests.model.longcat2_tiny import tiny
 from tests.posttrain.counting import Source

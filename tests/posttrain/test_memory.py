@@ -100,6 +100,26 @@ def test_adapters_alone_have_gradients(qwen: PretrainedModel) -> None:
     assert found.get("merged adapters", 0) == max(0, 4 * MATRICES - step)
 
 
+def test_shards_are_a_part_of_all_but_the_step(qwen: PretrainedModel) -> None:
+    fsdp = {"parallel": {"type": "fsdp", "processes": 4}, "tokens_per_micro_batch": 16}
+    alone, rank = parts(qwen, ClippedLoss(kl=0.1), tokens_per_micro_batch=16), parts(qwen, ClippedLoss(kl=0.1), **fsdp)
+    assert rank["weights"] == rank["reference"] == rank["gradients"] == PARAMETERS
+    assert rank["optimizer"] == 2 * PARAMETERS
+    # The layer has more weights than the head: it, the next one on its way, and a gradient.
+    assert rank["gathered layers"] == 3 * 4 * (MATRICES + NORMS - 32)
+    assert {k: rank[k] for k in ("activations", "log-probs")} == {k: alone[k] for k in ("activations", "log-probs")}
+    host = memory.host_memory(qwen, TrainerConfig(**fsdp))  # pyright: ignore[reportArgumentType]
+    assert host == {"programs of ranks": 3 * memory.TRAINING_PROGRAM, "whole weights": 4 * PARAMETERS}
+
+
+def test_a_whole_model_a_rank_has_buckets_too(qwen: PretrainedModel) -> None:
+    ddp = {"parallel": {"type": "ddp", "processes": 2}, "tokens_per_micro_batch": 16}
+    alone, rank = parts(qwen, tokens_per_micro_batch=16), parts(qwen, **ddp)
+    assert rank == {**alone, "gradients": 2 * 4 * PARAMETERS}
+    config = TrainerConfig(**ddp)  # pyright: ignore[reportArgumentType]
+    assert memory.host_memory(qwen, config) == {"programs of ranks": memory.TRAINING_PROGRAM}
+
+
 def test_what_is_frozen_has_no_gradient(qwen: PretrainedModel) -> None:
     assert parts(qwen, freeze=["embed_tokens"])["gradients"] == 4 * (PARAMETERS - 128 * 32)
 

@@ -392,6 +392,10 @@ def test_both_configs_read_and_write_it(tmp_path: Path) -> None:
         ("optimizer: {type: muon, momentum: 1.0}", "`optimizer.momentum`"),
         ("optimizer: {type: muon, matrix_lr: 0}", "`optimizer.matrix_lr`"),
         ("lora: {rank: 4}\noptimizer: {type: muon}", "muon is for whole matrices; with lora use type: adamw"),
+        (
+            "optimizer: {type: muon}\nparallel: {type: fsdp, processes: 2}",
+            "muon is for whole matrices, and parallel.type fsdp has them in parts; use type: adamw, or",
+        ),
     ],
 )
 def test_mistakes_are_named(text: str, said: str, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from posttrain import trainer as trainer_module
 from posttrain.errors import UserError
+from posttrain.files import save_state
 from posttrain.objective import Loss, Tokens, loss
 from posttrain.objective_settings import ClippedLoss
 from posttrain.settings import LoraConfig, TrainerConfig
-from posttrain.trainer import Trainer, save_state
+from posttrain.trainer import Trainer
 from posttrain.types import Sample
 from posttrain.weights import read_into, state_of
 from tests.model.longcat2_tiny import tiny, tokens
@@ -201,6 +202,21 @@ def test_a_compiled_trainer_steps_as_a_plain_one(shares: bool) -> None:
 def test_a_model_that_chooses_as_it_goes_is_not_compiled() -> None:
     with pytest.raises(UserError, match=r"trainer.compile: models of type longcat2"):
         make_trainer(compile=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"compile": True}, r"compile: is for one process; set it to false, or parallel\.type to none"),
+        ({"share_prompts": True}, r"share_prompts: is for one process; set it to false"),
+        ({"parallel": {"type": "ddp", "processes": 2, "devices": [3, 3]}}, r"\[3, 3\] for 2 processes; give each one"),
+        ({"parallel": {"type": "ddp", "processes": 2, "devices": [3]}}, r"\[3\] for 2 processes; give each one"),
+        ({"parallel": {"type": "fsdp", "processes": 1}}, "greater than or equal to 2"),
+    ],
+)
+def test_what_several_processes_do_not_have_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TrainerConfig(**{"parallel": {"type": "fsdp", "processes": 2}, **options})
 
 
 # Weights out

@@ -1,0 +1,59 @@
+"""What is trained of a model, by the settings of its trainer, and what a model does not let be done with it."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from posttrain import packing
+from posttrain.errors import UserError
+from posttrain.model import Longcat2ForCausalLM
+from posttrain.settings import FsdpConfig, TrainerConfig
+
+
+def trainable(model: PreTrainedModel, config: TrainerConfig) -> nn.Module:
+    """``model``, in place, with gradients for what is trained alone; in new adapters if the config has them."""
+    model.train()
+    if config.packed:
+        packing.enable(model)
+    if isinstance(model, Longcat2ForCausalLM):
+        model.freeze_idle()
+    for name, parameter in model.named_parameters():
+        if any(re.search(pattern, name) for pattern in config.freeze):
+            parameter.requires_grad_(False)
+    if config.lora is None:
+        return model
+    import peft
+
+    spec = peft.LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,  # pyright: ignore[reportArgumentType]  # peft takes floats too
+        target_modules=config.lora.targets,
+        lora_dropout=0.0,
+    )
+    return peft.get_peft_model(model, spec)  # pyright: ignore[reportArgumentType]
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """``trainer.compile``. Raises UserError for a model that cannot be compiled."""
+    if isinstance(model, Longcat2ForCausalLM):
+        raise UserError(
+            "trainer.compile: models of type longcat2 choose experts and columns as they go: set it to false"
+        )
+    # In place, so that names of weights stay. Not the head, which token_logprobs applies in chunks.
+    model.base_model.compile(dynamic=True)
+
+
+def refuse_parts(model: PreTrainedModel, config: TrainerConfig) -> None:
+    """Raises UserError for a model that several processes cannot train as the config says."""
+    half = config.mixed_precision == "bf16" and isinstance(config.parallel, FsdpConfig)
+    if half and isinstance(model, Longcat2ForCausalLM):
+        raise UserError(
+            "trainer.mixed_precision: with trainer.parallel.type fsdp all of a model computes in bf16, and routers of "
+            "type longcat2 must not: set it to no, or parallel.type to ddp"
+        )
+
+
+__all__ = ["compile_layers", "refuse_parts", "trainable"]
