@@ -1,4 +1,4 @@
-"""What can be known to fail before anything is written: shapes of the model, sandboxes that this machine lacks."""
+"""What can be known to fail before anything is written: models, their tokenizers, sandboxes that this machine lacks."""
 
 from __future__ import annotations
 

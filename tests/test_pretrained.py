@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,14 @@ def config_of(folder: Path, cold_start: str) -> PipelineConfig:
     return config
 
 
-def evaluated(config: PipelineConfig, out: Path) -> tuple[RunDir, dict[str, Any]]:
-    """The whole pipeline in this process."""
+def carried_out(
+    config: PipelineConfig, out: Path, what: Callable[[Pipeline], Coroutine[Any, Any, Any]]
+) -> tuple[RunDir, Any]:
+    """``what`` of the pipeline, in this process."""
     with RunDir.open(out, config) as run:
         pipeline = Pipeline(config, run, Progress(disable=True))
         try:
-            return run, asyncio.run(pipeline.evaluation())
+            return run, asyncio.run(what(pipeline))
         finally:
             pipeline.close()
 
@@ -63,7 +66,7 @@ def evaluated(config: PipelineConfig, out: Path) -> tuple[RunDir, dict[str, Any]
     "cold_start", ["null", "{demonstrations: 12, steps: 2, batch_size: 4, micro_batches: 2, checkpoint_every: 1}"]
 )
 def test_every_stage(tmp_path: Path, cold_start: str) -> None:
-    run, found = evaluated(config_of(tmp_path, cold_start), tmp_path / "run")
+    run, found = carried_out(config_of(tmp_path, cold_start), tmp_path / "run", lambda p: p.evaluation())
     assert set(found["domains"]) == {"agent", "interaction"}
     tokenizer = qwen_tokenizer()
     played = [
@@ -72,7 +75,7 @@ def test_every_stage(tmp_path: Path, cold_start: str) -> None:
     assert len(played) == 8 and all(r.valid for r in played)
     for rollout in played:
         opening, *_ = rollout.branches[0]
-        text = tokenizer.decode(opening.ids)
+        text = str(tokenizer.decode(list(opening.ids)))
         assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
         assert ("<tools>" in text) == (rollout.task.world == "work")
         assert not any(opening.sampled)
@@ -101,7 +104,9 @@ def test_a_folder_that_cannot_be_used_is_refused_with_the_cure(tmp_path: Path) -
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace("<tool_response>", "<tool_answer>"))
     assert "['<tool_response>'] of ChatML (Qwen3)" in refused()
-    (folder / "tokenizer.json").write_text("{}")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "config.json").write_text(json.dumps({**settings, "model_type": "mystery"}))
     assert "has no tokenizer" in refused()
     (folder / "config.json").unlink()
     assert f"hf download OWNER/NAME --local-dir {folder}" in refused()

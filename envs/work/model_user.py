@@ -48,6 +48,12 @@ def instruction(wanted: str, talk: Sequence[tuple[str, str]], line: Line) -> str
     return _ASK.format(wanted=wanted, talk=told, line=line.text)
 
 
+def marks_of(tokenizer: Any) -> re.Pattern[str]:
+    """Whatever was added to the vocabulary: Qwen3 does not call its tokens for thinking and tools special."""
+    marks = {t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+
+
 class _Served:
     """A tokenizer, and an engine in a thread of its own."""
 
@@ -62,8 +68,7 @@ class _Served:
             stops = None
         ends = stops if isinstance(stops, list) else [stops]
         self.stop_ids = tuple(sorted({i for i in (*ends, self.tokenizer.eos_token_id) if i is not None}))
-        marks = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()}
-        self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+        self._marks = marks_of(self.tokenizer)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True, name="posttrain-user")
         self._thread.start()

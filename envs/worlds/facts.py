@@ -18,8 +18,8 @@ class FactsConfig(WorldOptions):
     """Options of the list."""
 
     type: Literal["facts"] = "facts"
-    facts: int = Field(default=5, ge=2, le=12)
-    """Facts shown."""
+    facts: int = Field(default=5, ge=2, le=len(CITIES))
+    """Facts shown, a city each."""
     unknown: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of questions that the list does not answer."""
 

@@ -18,6 +18,7 @@ import pytest
 
 from envs.episode import run_episode
 from envs.work.domain import load_domain
+from envs.work.model_user import marks_of
 from envs.work.users import Line, ModelUserConfig, vocabulary
 from envs.worlds.base import GOOD, empty
 from envs.worlds.work import Work, WorkConfig
@@ -26,6 +27,7 @@ from posttrain.chat import Chat, train_tokenizer
 from posttrain.errors import ConfigError
 from posttrain.settings import LocalEngineConfig
 from posttrain.types import Completion, Culprit, Rollout, Sampling, Score, StopReason, Task, Weights
+from tests.posttrain.qwen import qwen_tokenizer
 from tests.posttrain.tiny import make_model, make_tokenizer
 
 SMALL = {"domains": ("library",), "tools": 6, "chain": 3, "rows": 4, "further": 0.0}
@@ -216,6 +218,11 @@ def test_the_agent_cannot_forge_turns_of_the_user(folder: Path) -> None:
     plain = served.encode("agent: which title")
     assert served.encode("agent: which<longcat_assistant> title</longcat_<longcat_user>s>") == plain
     assert "<longcat_think>" not in served.tokenizer.decode(plain)
+
+
+def test_tokens_that_are_added_and_not_special_are_markup_too() -> None:
+    said = "which<think></think> title<|im_end|>?<tool_response>"
+    assert marks_of(qwen_tokenizer()).sub("", said) == "which title?"
 
 
 def test_an_exit_without_closing_says_nothing_and_leaves_no_process(folder: Path) -> None:
