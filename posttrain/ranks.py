@@ -25,6 +25,7 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,14 +33,13 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import distributed as dist
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from posttrain import waits
 from posttrain.errors import RankError, UserError
 from posttrain.settings import DdpConfig, FsdpConfig, TrainerConfig
 
-_HERE = "127.0.0.1"
 _GRACE_S = 5.0
 """For the others to say what went wrong with them, and for a rank to end."""
 _LEAVES_S = 60.0
@@ -54,8 +54,8 @@ class Place:
 
     rank: int
     count: int
-    port: int
-    """Of the store at which they meet, on the loopback."""
+    meeting: str
+    """A file in which they find each other. (A TCPStore would listen on every address of the host.)"""
     device: int | None
     """Number of its GPU; None: the CPU."""
     timeout_s: float
@@ -72,7 +72,7 @@ def make_accelerator(config: TrainerConfig, place: Place | None) -> Accelerator:
     with _environment(place, config.threads):
         dist.init_process_group(
             "gloo" if place.device is None else "cpu:gloo,cuda:nccl",
-            store=TCPStore(_HERE, place.port, place.count, is_master=False),
+            store=FileStore(place.meeting, place.count),
             rank=place.rank,
             world_size=place.count,
             timeout=timedelta(seconds=place.timeout_s + _MARGIN_S),
@@ -121,9 +121,10 @@ class Ranks:
     def __init__(self, config: DdpConfig | FsdpConfig) -> None:
         """Starts the followers. Raises UserError if there are fewer GPUs than ranks."""
         devices = _devices(config)
-        self._store = TCPStore(_HERE, 0, config.processes, is_master=True, wait_for_workers=False)
+        self._folder = TemporaryDirectory(prefix="posttrain-ranks-")
+        meeting, count = f"{self._folder.name}/meeting", config.processes
         places = [
-            Place(rank=i, count=config.processes, port=self._store.port, device=device, timeout_s=config.timeout_s)
+            Place(rank=i, count=count, meeting=meeting, device=device, timeout_s=config.timeout_s)
             for i, device in enumerate(devices)
         ]
         self.place = places[0]
@@ -244,6 +245,7 @@ class Ranks:
             if dist.is_initialized() and not self._thread.is_alive():
                 dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
+        self._folder.cleanup()
 
     def _end(self) -> None:
         with self._ending:  # what closes this may not be what waits for a command

@@ -157,3 +157,11 @@ def test_a_rank_without_samples_is_idle() -> None:
     assert torch.equal(idle.ids_BT, own.ids_BT) and idle.teacher_BT is not None
     assert (int(own.sampled_BT.sum()), int(own.real_BT.sum())) == (3, 6)
     assert not idle.sampled_BT.any() and not idle.real_BT.any()
+
+
+def test_an_idle_batch_has_no_support() -> None:
+    one = replace(made(1, 5, teacher=True), teacher_support=support([[7, 8], [9, -1]]))
+    own, idle = (deal([one], 100, rank, 2)[0] for rank in (0, 1))
+    assert own.support_NK is not None and idle.support_NK is not None and idle.support_teacher_NK is not None
+    assert (own.judged_ids.shape, idle.judged_ids.shape) == ((2, 3), (0, 3))
+    assert idle.support_teacher_NK.shape == (0, 2)

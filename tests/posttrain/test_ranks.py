@@ -117,8 +117,13 @@ LONGCAT |= {"moe_target_topk": 3}
 CASES: dict[str, tuple[str, str, LossConfig, dict[str, Any]]] = {
     "ddp": ("ddp", "qwen3", KL, {"updates_per_batch": 2, "weight_decay": 0.1}),
     "fsdp": ("fsdp", "qwen3", KL, {"updates_per_batch": 2, "weight_decay": 0.1}),
-    "fsdp, tied": ("fsdp", "llama", GspoLoss(), {"activations": "recompute", "freeze": [r"layers\.0\.mlp"]}),
-    "ddp, adapters": ("ddp", "llama", KL, {"lora": LoraConfig(rank=4, alpha=8.0)}),
+    "fsdp, tied": (
+        "fsdp",
+        "llama",
+        GspoLoss(),
+        {"activations": "recompute", "freeze": [r"layers\.0\.mlp"], "packed": True},
+    ),
+    "ddp, adapters": ("ddp", "llama", KL, {"lora": LoraConfig(rank=4, alpha=8.0), "packed": True}),
     "fsdp, adapters": ("fsdp", "llama", KL, {"lora": LoraConfig(rank=4, alpha=8.0), "activations": "recompute"}),
     # A row is a micro-batch here, since what the model adds to the loss is of a forward.
     "ddp, longcat2": ("ddp", "longcat2", DistillLoss(), {"tokens_per_micro_batch": 6, "shape": LONGCAT}),
