@@ -121,6 +121,8 @@ class Ranks:
     def __init__(self, config: DdpConfig | FsdpConfig) -> None:
         """Starts the followers. Raises UserError if there are fewer GPUs than ranks."""
         devices = _devices(config)
+        if devices[0] is not None:
+            torch.cuda.set_device(devices[0])  # for whatever else this process does with a GPU
         self._folder = TemporaryDirectory(prefix="posttrain-ranks-")
         meeting, count = f"{self._folder.name}/meeting", config.processes
         places = [

@@ -37,7 +37,7 @@ def config_of(name: str, *overrides: str) -> PipelineConfig:
 
 
 @every
-def test_it_is_a_config_for_one_gpu(name: str) -> None:
+def test_it_is_a_config_for_gpus(name: str) -> None:
     config = config_of(name)
     assert config.cold_start is None and config.model.type == "pretrained" and set(config.worlds) == WORLDS
     assert config.engine.type == "vllm" and config.fusion.teachers.type == "served"
@@ -45,7 +45,8 @@ def test_it_is_a_config_for_one_gpu(name: str) -> None:
     for stage in (*config.experts.values(), config.fusion):
         assert stage.trainer.mixed_precision == "bf16" and stage.trainer.activations == "recompute"
         assert stage.trainer.tokens_per_micro_batch >= config.engine.max_context
-        assert (stage.trainer.lora is None) == (config.engine.weights == "folder")
+        assert (stage.trainer.lora is None) == (config.engine.weights != "lora")
+        assert (stage.trainer.parallel.type == "fsdp") == (name == "qwen3-node") == (config.engine.weights == "send")
         assert not isinstance(stage, ExpertConfig) or stage.loss.type == "dppo"
 
 
@@ -111,12 +112,15 @@ SMALL = (
 """A model at random never ends a turn and is never right, so that such groups must do."""
 
 
-@every
+@pytest.mark.parametrize(
+    "name", ["qwen3", *(pytest.param(n, marks=pytest.mark.long) for n in ("qwen3-lora", "qwen3-8b-lora", "qwen3-node"))]
+)
 @pytest.mark.slow
 def test_it_runs_on_a_cpu(name: str, tmp_path: Path) -> None:
     """The first from end to end, the others, which differ in their weights alone, as far as the first expert."""
     save_qwen(tmp_path / "model", tie_word_embeddings="8b" not in name)
-    config = config_of(name, *SMALL, f"model.path={tmp_path / 'model'}")
+    two = ["experts.agent.trainer.parallel={type: fsdp, processes: 2}"] if name == "qwen3-node" else []
+    config = config_of(name, *SMALL, *two, f"model.path={tmp_path / 'model'}")
     preflight(GPU / f"{name}.yaml", config)
     whole = name == "qwen3"
     run, found = carried_out(config, tmp_path / "run", lambda p: p.evaluation() if whole else p.expert("agent"))

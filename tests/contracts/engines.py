@@ -116,7 +116,7 @@ WAYS: dict[str, Way] = {
     "drafting": Way(start=_drafting, kinds=("longcat2-mtp",), publish=_shared),
     "vllm": Way(
         start=_vllm(replicas=3),
-        kinds=("longcat2", "llama-32"),
+        kinds=("llama-32",),
         publish=_whole,
         outlet=FolderOutlet,
         exact=False,
@@ -125,7 +125,7 @@ WAYS: dict[str, Way] = {
     ),
     "vllm-send": Way(
         start=_vllm(weights="send", replicas=3),
-        kinds=("llama-32",),
+        kinds=("longcat2", "llama-32"),
         publish=_held,
         outlet=lambda work: HeldOutlet(),
         exact=False,
