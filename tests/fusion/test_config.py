@@ -48,6 +48,10 @@ REFUSED = {
         [served(replicas=3, servers="['http://127.0.0.1:8000']")],
         "fusion.teachers.engine.servers: teachers have servers of their own; leave it out",
     ),
+    "weights that come": (
+        [served(weights="send", replicas=3)],
+        "fusion.teachers.engine.weights: teachers never change; use folder or lora",
+    ),
     "no adapter": (
         [served(weights="lora"), *ADAPTERS[:2]],
         "experts.interaction.trainer.lora: fusion.teachers.engine.weights lora needs it",
@@ -83,9 +87,12 @@ def test_a_contradiction_is_named_with_its_cure(case: str) -> None:
     assert words in str(caught.value)
 
 
-def test_a_model_that_vllm_does_not_serve_teaches_in_process() -> None:
-    with pytest.raises(ConfigError, match="vllm does not serve models of type longcat2; use type: model"):
+def test_teachers_of_type_longcat2_are_served_as_they_can_be_or_teach_in_process() -> None:
+    with pytest.raises(
+        ConfigError, match=r"fusion.teachers.engine.eager: vllm cannot compile a longcat2; set it to true"
+    ):
         config(served(replicas=3), start=())
+    assert isinstance(config(served(replicas=3, eager="true"), start=()).fusion.teachers, ServedTeachers)
     assert isinstance(config(start=()).fusion.teachers, ModelTeachers)
 
 

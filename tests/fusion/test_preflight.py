@@ -12,6 +12,7 @@ from fusion.preflight import preflight
 from posttrain.config import load
 from posttrain.errors import ConfigError
 from tests.model.longcat2_tiny import LSA, NGRAM, SHAPE, tiny
+from tests.posttrain.tiny import make_tokenizer
 
 CONFIG = """
 model: {type: longcat2, vocab_size: 680, settings: SETTINGS}
@@ -82,7 +83,9 @@ def test_what_it_does_not_is_refused_with_a_cure(changes: tuple[str, ...], messa
 
 
 def test_a_folder_is_looked_into(path: Path, tmp_path: Path) -> None:
-    tiny(0, **LSA).save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny(0, vocab_size=len(tokenizer), **LSA).save_pretrained(tmp_path / "model")
     model = f"model={{type: pretrained, path: {tmp_path / 'model'}}}"
     with pytest.raises(ConfigError, match=r"c.yaml: engine.max_context: .* set it to at most 14"):
         preflight(path, load(PipelineConfig, path, [model]))

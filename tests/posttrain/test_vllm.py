@@ -195,9 +195,11 @@ def test_without_vllm_there_is_a_cure(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_updates_under_load_neither_mix_versions_nor_leak(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["folder", "send"])
+def test_updates_under_load_neither_mix_versions_nor_leak(way: str, tmp_path: Path) -> None:
     """500 in a row, two replicas, so that one version stays beside the newest."""
     models = [make_model("llama", seed, head_dim=32) for seed in range(2)]
+    trainers, outlet = [trainer_of(m) for m in models], HeldOutlet()
     folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
     updates = 500
 
@@ -224,12 +226,14 @@ def test_updates_under_load_neither_mix_versions_nor_leak(tmp_path: Path) -> Non
             for n in range(8):
                 tasks.create_task(ask(n))
             for version in range(1, updates + 1):
-                await engine.load(Weights(version=version, where=folders[version % 2]), keep=[version - 1])
+                trainers[version % 2].version = version
+                where = folders[version % 2] if way == "folder" else outlet.put(trainers[version % 2])
+                await engine.load(Weights(version=version, where=where), keep=[version - 1])
                 memory.append(sum(_resident_mib(r.server._process.pid) for r in engine._replicas if r.server._process))
             over.set()
         return done, memory
 
-    done, memory = serve(tmp_path / "0", use, replicas=2)
+    done, memory = serve(tmp_path / "0", use, replicas=2, weights=way)
     print(f"{len(done)} completions in {updates} updates; MiB at 100, 300, 500: {[memory[i] for i in (99, 299, -1)]}")
     assert len({version for version, _, _ in done}) > updates / 4
     assert all(set(c.versions) == {version} for version, _, c in done)
