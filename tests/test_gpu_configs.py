@@ -119,7 +119,7 @@ SMALL = (
 def test_it_runs_on_a_cpu(name: str, tmp_path: Path) -> None:
     """The first from end to end, the others, which differ in their weights alone, as far as the first expert."""
     save_qwen(tmp_path / "model", tie_word_embeddings="8b" not in name)
-    two = ["experts.agent.trainer.parallel={type: fsdp, processes: 2}"] if name == "qwen3-node" else []
+    two = ["experts.agent.trainer.parallel={type: fsdp, processes: 2, devices: [0, 1]}"] if name == "qwen3-node" else []
     config = config_of(name, *SMALL, *two, f"model.path={tmp_path / 'model'}")
     preflight(GPU / f"{name}.yaml", config)
     whole = name == "qwen3"
@@ -134,4 +134,5 @@ def test_it_runs_on_a_cpu(name: str, tmp_path: Path) -> None:
     if whole:
         assert set(found["domains"]) == {"agent", "reasoning", "interaction"}
     else:
-        assert (run.checkpoint("expert-agent") / "adapter/adapter_model.safetensors").is_file()
+        file = "adapter/adapter_model.safetensors" if "lora" in name else "model.safetensors"
+        assert (run.checkpoint("expert-agent") / file).is_file()
