@@ -130,7 +130,7 @@ WAYS: dict[str, Way] = {
         outlet=lambda work: HeldOutlet(),
         exact=False,
         moves=True,
-        marks=(*needs_vllm, pytest.mark.long),
+        marks=tuple(needs_vllm),
     ),
     "vllm-lora": Way(
         start=_vllm(weights="lora", max_loras=3, max_lora_rank=8),
