@@ -1,6 +1,6 @@
 # make demo   the whole pipeline on this machine, some minutes, no GPU: the table, and a report to open
 # make test   lint, types and tests
-# make test-all  the same with the tests that take minutes each, an hour and a half
+# make test-all  the same with the tests that take minutes each
 # make smoke  the pipeline shortened to some minutes; make smoke-docker: with the code world in containers;
 #             make smoke-vllm: sampled by vLLM, which it installs
 
