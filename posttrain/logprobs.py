@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Logits of a chunk: 1 MiB in float32 stays in a core's cache, 256 MiB keeps a GPU busy."""
+_ROWS = 128
+"""A chunk has at least as many, whatever the vocabulary: every chunk reads the whole head several times."""
 _SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 """Fields of configs whose models do more to hidden states than to multiply them by the head."""
 
@@ -47,6 +49,11 @@ def bare(head: nn.Linear) -> Iterator[None]:
         del head.forward
 
 
+def rows_of_chunk(device: str, vocabulary: int) -> int:
+    """Tokens whose logits are there at once; ``device``: its type."""
+    return max(_ROWS, _CHUNK.get(device, _CHUNK["cuda"]) // vocabulary)
+
+
 def token_logprobs(
     hidden_ND: Tensor, weight_VD: Tensor, ids: Tensor, dtype: torch.dtype | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -56,9 +63,10 @@ def token_logprobs(
     ``ids``: one a row, ``[N]``, or several, ``[N, M]``: no two of them alike, but any may equal the row's first. The
     product is in ``dtype`` (None: that of the hidden states), all that follows in float32. Both are differentiable:
     with z the logits, p their softmax and H the entropy, d logp / dz = onehot - p and dH / dz = -p (log p + H).
-    ``chunk``: logits held at once."""
-    wanted = chunk or CHUNK.get(hidden_ND.device.type, CHUNK["cuda"])
-    rows, ids_NM = max(1, wanted // weight_VD.shape[0]), ids if ids.dim() == 2 else ids[:, None]
+    ``chunk``: logits held at once, by default those of ``rows_of_chunk``."""
+    vocabulary = weight_VD.shape[0]
+    rows = max(1, chunk // vocabulary) if chunk else rows_of_chunk(hidden_ND.device.type, vocabulary)
+    ids_NM = ids if ids.dim() == 2 else ids[:, None]
     found: Any = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_NM, dtype or hidden_ND.dtype, rows)
     logp_NM, entropy_N = found
     return logp_NM.view_as(ids), entropy_N

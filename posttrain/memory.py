@@ -74,7 +74,7 @@ def trainer_memory(
 ) -> dict[str, int]:
     """The largest moment of a step, all on ``device``, for sequences of at most ``longest`` tokens; of one rank where
     there are several. Raises NoEstimate."""
-    from posttrain.logprobs import CHUNK, plain_head
+    from posttrain.logprobs import plain_head, rows_of_chunk
     from posttrain.model import Longcat2ForCausalLM
 
     model: Any = blank(spec)
@@ -117,7 +117,7 @@ def trainer_memory(
         parts["log-probs"] = FLOAT * 4 * tokens * vocabulary
     else:
         parts["log-probs"] = _head_bytes(
-            tokens, vocabulary, hidden, head.weight.requires_grad * (1 + tied), CHUNK.get(device, CHUNK["cuda"])
+            tokens, vocabulary, hidden, head.weight.requires_grad * (1 + tied), rows_of_chunk(device, vocabulary)
         )
     if isinstance(loss, DistillLoss) and isinstance(loss.estimator, TopkEstimator):
         parts["support"] = _PER_JUDGED * tokens * loss.estimator.support
@@ -217,10 +217,10 @@ def _choices(model_config: Any, config: LocalEngineConfig) -> int:
     return config.slots * (config.max_context + 1) * model_config.num_layers * (2 * model_config.moe_topk + columns)
 
 
-def _head_bytes(tokens: int, vocabulary: int, hidden: int, gradients: int, chunk: int) -> int:
+def _head_bytes(tokens: int, vocabulary: int, hidden: int, gradients: int, rows: int) -> int:
     """States at the head: of all tokens, of the trained ones, and their gradients; a chunk of logits and of their
     gradient; ``gradients`` of the head's weight that are not yet added to those that are there."""
-    logits = min(chunk, tokens * vocabulary)
+    logits = min(rows, tokens) * vocabulary
     return FLOAT * (5 * tokens * hidden + 2 * logits + gradients * vocabulary * hidden)
 
 

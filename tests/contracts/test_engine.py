@@ -280,8 +280,14 @@ def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: B
         assert not (bench.way.exact and any(t.done() for t in pinned))
         return failures, await asyncio.gather(*pinned), await asyncio.gather(*free)
 
-    (coming,) = bench.others(1)
-    failures, pinned, free = bench.runner.run(drop())
+    tries = 1 if bench.way.exact else 4
+    while True:
+        (coming,) = bench.others(1)
+        failures, pinned, free = bench.runner.run(drop())
+        tries -= 1
+        # A server goes on while weights are on their way to it, and on a busy machine it can be through before.
+        if not tries or all(c.versions[-1] == bench.version for c in free):
+            break
     old, kept, newest = (bench.version - n for n in (2, 1, 0))
     resident = rf"resident are {kept}, {newest} \(newest: {newest}\)"
     for failure in failures:
@@ -294,7 +300,7 @@ def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: B
     for got, again, both in zip(pinned, want, free, strict=True):
         assert got.versions == (kept,) * 200
         if bench.way.moves:
-            assert trainer_gap(trainers[0], [(prompts[pinned.index(got)], got)]) < TOLERANCE
+            assert trainer_gap(trainers[-1], [(prompts[pinned.index(got)], got)]) < TOLERANCE
         else:
             assert got.ids == again.ids
             assert got.logprobs == pytest.approx(again.logprobs, abs=TOLERANCE)

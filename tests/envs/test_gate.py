@@ -190,7 +190,7 @@ def test_a_broken_way_out_is_an_error_and_not_text(servers: tuple[str, str], par
         assert isinstance(box.place, DockerPlace)
         client = docker.from_env()
         mode = "bridge" if part == "gate" else "none"
-        for found in client.containers.list(filters={"label": f"{RUN}={RUN_NAME}"}):
+        for found in client.containers.list(filters={"label": f"{RUN}={RUN_NAME}"}, ignore_removed=True):
             if found.attrs["HostConfig"]["NetworkMode"] == mode:
                 found.kill()
         client.close()
@@ -225,7 +225,7 @@ def test_nothing_is_left(servers: tuple[str, str]) -> None:
     ended = subprocess.run([sys.executable, "-c", program], check=False)
     assert ended.returncode == -9
     for _ in range(100):
-        left = client.containers.list(all=True, filters={"label": f"{RUN}=gate-killed"})
+        left = client.containers.list(all=True, filters={"label": f"{RUN}=gate-killed"}, ignore_removed=True)
         volumes = {v.id for v in client.volumes.list()} - before
         if not left and not volumes:
             break
