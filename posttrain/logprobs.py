@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Logits of a chunk: 1 MiB in float32 stays in a core's cache, 256 MiB keeps a GPU busy."""
-_ROWS = 128
-"""A chunk has at least as many, whatever the vocabulary: every chunk reads the whole head several times."""
+_OF_HEAD = 8
+"""A chunk has at least an eighth as many logits as the head has weights: every chunk reads all of these."""
 _SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 """Fields of configs whose models do more to hidden states than to multiply them by the head."""
 
@@ -49,9 +49,9 @@ def bare(head: nn.Linear) -> Iterator[None]:
         del head.forward
 
 
-def rows_of_chunk(device: str, vocabulary: int) -> int:
+def rows_of_chunk(device: str, vocabulary: int, hidden: int) -> int:
     """Tokens whose logits are there at once; ``device``: its type."""
-    return max(_ROWS, _CHUNK.get(device, _CHUNK["cuda"]) // vocabulary)
+    return max(1, hidden // _OF_HEAD, _CHUNK.get(device, _CHUNK["cuda"]) // vocabulary)
 
 
 def token_logprobs(
@@ -64,8 +64,7 @@ def token_logprobs(
     product is in ``dtype`` (None: that of the hidden states), all that follows in float32. Both are differentiable:
     with z the logits, p their softmax and H the entropy, d logp / dz = onehot - p and dH / dz = -p (log p + H).
     ``chunk``: logits held at once, by default those of ``rows_of_chunk``."""
-    vocabulary = weight_VD.shape[0]
-    rows = max(1, chunk // vocabulary) if chunk else rows_of_chunk(hidden_ND.device.type, vocabulary)
+    rows = max(1, chunk // len(weight_VD)) if chunk else rows_of_chunk(hidden_ND.device.type, *weight_VD.shape)
     ids_NM = ids if ids.dim() == 2 else ids[:, None]
     found: Any = _TokenLogprobs.apply(hidden_ND, weight_VD, ids_NM, dtype or hidden_ND.dtype, rows)
     logp_NM, entropy_N = found

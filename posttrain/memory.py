@@ -117,7 +117,11 @@ def trainer_memory(
         parts["log-probs"] = FLOAT * 4 * tokens * vocabulary
     else:
         parts["log-probs"] = _head_bytes(
-            tokens, vocabulary, hidden, head.weight.requires_grad * (1 + tied), rows_of_chunk(device, vocabulary)
+            tokens,
+            vocabulary,
+            hidden,
+            head.weight.requires_grad * (1 + tied),
+            rows_of_chunk(device, vocabulary, hidden),
         )
     if isinstance(loss, DistillLoss) and isinstance(loss.estimator, TopkEstimator):
         parts["support"] = _PER_JUDGED * tokens * loss.estimator.support

@@ -34,7 +34,7 @@ from posttrain.model.outputs import Longcat2CausalOutput
 from posttrain.objective import Extent, OnSupport, Tokens
 from posttrain.objective_settings import DistillLoss, LossConfig
 from posttrain.optim import make_optimizer, rate_of
-from posttrain.prepare import compile_layers, refuse_parts, trainable
+from posttrain.prepare import compile_layers, keep_memory, refuse_parts, trainable
 from posttrain.prompts import can_share, read
 from posttrain.ranks import Place, Ranks, make_accelerator
 from posttrain.settings import AloneConfig, FsdpConfig, TrainerConfig
@@ -95,6 +95,8 @@ class Trainer:
         if config.deterministic:
             determinism.enforce()
         self.accelerator = make_accelerator(config, place)
+        if self.accelerator.device.type == "cpu":
+            keep_memory()
         trained = trainable(model, config)
         if place is not None:
             shards.make_alike(trained)

@@ -42,7 +42,14 @@ def test_against_trl() -> None:
     assert run.returncode == 0, run.stderr
     # Latency, trainer, tokens/s, seconds a step, staleness, its maximum, percent of waiting, lost groups.
     lines = re.findall(r"│ +(\S+) │ (.+?) +│ +(\d+) │ +(\S+) │ +(\S+) │ +(\d+) │ +(\d+)% │ +(\d+) │", run.stdout)
-    trainers = ["GRPOTrainer", "ours", "AsyncGRPOTrainer", "AsyncGRPOTrainer, batching worker", "ours, K = 0"]
+    trainers = [
+        "GRPOTrainer",
+        "ours",
+        "ours, compiled",
+        "AsyncGRPOTrainer",
+        "AsyncGRPOTrainer, batching worker",
+        "ours, K = 0",
+    ]
     assert [(latency, trainer) for latency, trainer, *_ in lines] == [(at, t) for at in ("0", "0.1") for t in trainers]
     for latency, trainer, speed, step, mean, most, waits, _ in lines:
         assert float(speed) > 0 and float(step) > float(latency) * (trainer in ("GRPOTrainer", "ours, K = 0"))

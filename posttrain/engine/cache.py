@@ -41,7 +41,8 @@ class SlotLayer(CacheLayerMixin):
         c = self._cache
         out: list[Tensor] = []
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer[c.rows_B1, :, c.columns_BT] = new.transpose(1, 2)
+            # All but the last dimension, since an indexer has keys alone and values of size 0.
+            buffer.flatten(0, 2).index_copy_(0, c.places(new.shape[1]), new.flatten(0, 2))
             rows = buffer[: c.num_rows] if c.rows_are_prefix else buffer[c.rows_B1[:, 0]]
             out.append(rows[:, :, : c.visible])
         return out[0], out[1]
@@ -79,6 +80,14 @@ class SlotCache(Cache):
         """Where the next forward writes. ``rows_are_prefix``: rows are 0..B-1, so that reads need no copy."""
         self.rows_B1, self.columns_BT = rows_B[:, None], columns_BT
         self.num_rows, self.visible, self.rows_are_prefix = len(rows_B), visible, rows_are_prefix
+        self._places: dict[int, Tensor] = {}
+
+    def places(self, heads: int) -> Tensor:
+        """Where the next forward writes ``[B, h, T]``, in a layer's rows, heads and columns end to end."""
+        if heads not in self._places:
+            row_BH = self.rows_B1 * heads + torch.arange(heads)
+            self._places[heads] = (row_BH[:, :, None] * self.max_columns + self.columns_BT[:, None]).flatten()
+        return self._places[heads]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object

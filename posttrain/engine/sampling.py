@@ -23,5 +23,7 @@ def draw(logits_NV: Tensor, slots: Sequence[Slot], ahead: Sequence[int]) -> tupl
     numbers = [s.uniforms[s.sampled + n] for s, n in zip(slots, ahead, strict=True)]
     uniform_N = torch.tensor(numbers, dtype=torch.float64)
     drawn_N = torch.searchsorted(cdf_NV, (uniform_N * cdf_NV[:, -1])[:, None], right=True)[:, 0]
-    token_N = torch.where(greedy_N, logprobs_NV.argmax(-1), drawn_N.clamp_max(logits_NV.shape[-1] - 1))
+    token_N = drawn_N.clamp_max(logits_NV.shape[-1] - 1)
+    if greedy_N.any():
+        token_N = torch.where(greedy_N, logprobs_NV.argmax(-1), token_N)
     return token_N, logprobs_NV.gather(1, token_N[:, None])[:, 0]
