@@ -62,6 +62,7 @@ class _Replica:
     """Name of a request to the version it is pinned to."""
     reviving: asyncio.Lock = field(default_factory=asyncio.Lock)
     lives: int = 0
+    deaths: int = 0
 
 
 @dataclass
@@ -83,7 +84,6 @@ class VllmEngine:
         self._names = (f"r{n}" for n in itertools.count())
         self._loading, self._sending = asyncio.Lock(), asyncio.Lock()
         self._model, self._closed = model, False
-        self._lives = 0
         count = len(config.servers) or config.replicas
         servers = [Server(config, model, work / f"vllm-{n}.log", n) for n in range(count)]
         full = None if config.weights == "lora" else 0
@@ -327,8 +327,8 @@ class VllmEngine:
                 raise EngineError("the engine is closed")
             if replica.lives != life or await replica.server.well():  # else only the connection was lost
                 return
-            self._lives += 1
-            if self._lives > self.config.restarts or self.config.servers:
+            replica.deaths += 1
+            if replica.deaths > self.config.restarts or self.config.servers:
                 raise EngineError(str(error))
             log.warning("%s. It starts again, and what it was asked is asked again", error)
             await replica.server.kill()

@@ -278,16 +278,20 @@ def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: B
         async with asyncio.timeout(60):
             failures = await asyncio.gather(*doomed, return_exceptions=True)
         assert not (bench.way.exact and any(t.done() for t in pinned))
+        # A server goes on while weights are on their way to it, and on a busy machine it may be through before.
+        early = [f for f in failures if isinstance(f, Completion)]
+        assert not (bench.way.exact and early) and all(c.versions == (old,) * 220 for c in early)
+        failures = [f for f in failures if not isinstance(f, Completion)]
         return failures, await asyncio.gather(*pinned), await asyncio.gather(*free)
 
-    tries = 1 if bench.way.exact else 4
+    tries = 1 if bench.way.exact else 6
     while True:
         (coming,) = bench.others(1)
         failures, pinned, free = bench.runner.run(drop())
         tries -= 1
-        # A server goes on while weights are on their way to it, and on a busy machine it can be through before.
-        if not tries or all(c.versions[-1] == bench.version for c in free):
+        if not tries or (failures and all(c.versions[-1] == bench.version for c in free)):
             break
+    assert failures
     old, kept, newest = (bench.version - n for n in (2, 1, 0))
     resident = rf"resident are {kept}, {newest} \(newest: {newest}\)"
     for failure in failures:
