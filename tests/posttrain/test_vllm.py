@@ -160,6 +160,21 @@ def test_a_server_that_is_killed_starts_again_with_its_weights_and_nothing_is_lo
     assert trainer_gap(trainer_of(models[1]), list(zip(prompts, found, strict=True))) < TOLERANCE
 
 
+def test_every_server_has_restarts_of_its_own(tmp_path: Path) -> None:
+    saved(make_model("llama", head_dim=32), tmp_path)
+
+    async def use(engine: VllmEngine) -> tuple[list[Completion], int]:
+        asked = [asyncio.create_task(engine.generate((5, i), Sampling(max_tokens=200, seed=i))) for i in range(6)]
+        await asyncio.sleep(0.3)
+        before = pids(engine)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        return await asyncio.gather(*asked), len({*before} - {*pids(engine)})
+
+    found, replaced = serve(tmp_path, use, restarts=1, replicas=2)
+    assert replaced >= 2 and all(len(c.ids) == 200 for c in found)
+
+
 def test_a_server_that_dies_too_often_is_an_engine_error(tmp_path: Path) -> None:
     saved(make_model("llama", head_dim=32), tmp_path)
 
