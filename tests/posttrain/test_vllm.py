@@ -29,9 +29,9 @@ def saved(model: Any, folder: Path) -> str:
     return str(folder)
 
 
-def pids(engine: VllmEngine) -> list[int]:
-    """Of all processes of its first server."""
-    process = engine._replicas[0].server._process
+def pids(engine: VllmEngine, server: int = 0) -> list[int]:
+    """Of all processes of one server."""
+    process = engine._replicas[server].server._process
     assert process is not None
     return [pid for pid, group in _groups() if group == process.pid]
 
@@ -163,16 +163,15 @@ def test_a_server_that_is_killed_starts_again_with_its_weights_and_nothing_is_lo
 def test_every_server_has_restarts_of_its_own(tmp_path: Path) -> None:
     saved(make_model("llama", head_dim=32), tmp_path)
 
-    async def use(engine: VllmEngine) -> tuple[list[Completion], int]:
-        asked = [asyncio.create_task(engine.generate((5, i), Sampling(max_tokens=200, seed=i))) for i in range(6)]
+    async def use(engine: VllmEngine) -> tuple[list[Completion], list[int]]:
+        asked = [asyncio.create_task(engine.generate((5, i), Sampling(max_tokens=200, seed=i))) for i in range(12)]
         await asyncio.sleep(0.3)
-        before = pids(engine)
-        for pid in before:
+        for pid in (*pids(engine), *pids(engine, 1)):
             os.kill(pid, signal.SIGKILL)
-        return await asyncio.gather(*asked), len({*before} - {*pids(engine)})
+        return await asyncio.gather(*asked), [r.lives for r in engine._replicas]
 
-    found, replaced = serve(tmp_path, use, restarts=1, replicas=2)
-    assert replaced >= 2 and all(len(c.ids) == 200 for c in found)
+    found, lives = serve(tmp_path, use, restarts=1, replicas=2)
+    assert lives == [1, 1] and all(len(c.ids) == 200 for c in found)
 
 
 def test_a_server_that_dies_too_often_is_an_engine_error(tmp_path: Path) -> None:
