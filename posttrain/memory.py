@@ -116,13 +116,9 @@ def trainer_memory(
     if head is None:
         parts["log-probs"] = FLOAT * 4 * tokens * vocabulary
     else:
-        parts["log-probs"] = _head_bytes(
-            tokens,
-            vocabulary,
-            hidden,
-            head.weight.requires_grad * (1 + tied),
-            rows_of_chunk(device, vocabulary, hidden),
-        )
+        rows = rows_of_chunk(device, vocabulary, hidden)
+        copies = head.weight.requires_grad * (1 + tied)
+        parts["log-probs"] = _head_bytes(tokens, vocabulary, hidden, copies, rows)
     if isinstance(loss, DistillLoss) and isinstance(loss.estimator, TopkEstimator):
         parts["support"] = _PER_JUDGED * tokens * loss.estimator.support
     step = parts["activations"] + parts["log-probs"] + parts.get("support", 0)
