@@ -1,7 +1,7 @@
 """Our loop against TRL's two GRPO trainers on a CPU: ``python benchmarks/against_trl.py [--latencies 0,0.4,1.0,tail]``.
 
 One small random Qwen3, the same prompts, group size, completion length (the end token is one that the model cannot
-sample), reward, temperature and optimizer for our loop (K = 0, asynchronous, and that with ``trainer.compile``), TRL's
+sample), reward, temperature and optimizer for our loop (K = 0, asynchronous, and that compiled), TRL's
 ``GRPOTrainer`` as it is, and TRL's ``AsyncGRPOTrainer``, whose two demands for CUDA are replaced (the card's peak
 FLOPS, flash attention) and whose rollouts are the user's business: see ``trl_worker`` for the two ways. An episode is a
 completion and then a wait: none, a constant, or log-normal with median 0.2 s and 99th percentile 5 s ("tail"), drawn
@@ -186,7 +186,8 @@ async def ours(cell: Cell, out: Path) -> list[Step]:
     config = TrainerConfig(**optimizer, threads=cell.threads, share_prompts=True, compile=cell.trainer == OURS_COMPILED)
     loss = ClippedLoss(constant_length=cell.tokens)
     slots, context = 3 * cell.groups * cell.size, cell.prompt + cell.tokens
-    engine = await LocalEngine.start(cell.model, slots=slots, max_context=context, threads=cell.threads)
+    places: Any = {"slots": slots, "max_context": context, "threads": cell.threads}
+    engine = await LocalEngine.start(cell.model, **places, compiling=config.compile)
     trainer = Trainer(load_any(cell.model, torch.float32), config, loss, cell.steps)
     steps: list[Step] = []
 

@@ -71,15 +71,27 @@ def packed(batch: Batch) -> Packed:
 def enable(model: PreTrainedModel) -> None:
     """Have the model's attention heed the bounds of sequences. Raises UserError if it is not made of transformers'
     exchangeable attention, or looks at the tokens in another way too, which would see across the bounds."""
-    config = model.config.get_text_config()
-    kinds = {*(getattr(config, "layer_types", None) or ("full_attention",))}
-    if not model._supports_attention_backend or model._is_stateful or kinds != {"full_attention"}:
+    if not only_full_attention(model):
+        kind = model.config.get_text_config().model_type
         raise UserError(
-            f"trainer.packed: a model of type {config.model_type} has more than full attention, which could look from "
+            f"trainer.packed: a model of type {kind} has more than full attention, which could look from "
             "one sequence into another: set it to false"
         )
     AttentionInterface.register(NAME, _attention)
     model.set_attn_implementation(NAME)
+
+
+def only_full_attention(model: PreTrainedModel) -> bool:
+    """Whether all that one token sees of others comes through full attention of transformers' exchangeable kind."""
+    kinds = {*(getattr(model.config.get_text_config(), "layer_types", None) or ("full_attention",))}
+    return model._supports_attention_backend and not model._is_stateful and kinds == {"full_attention"}
+
+
+def refuse_unknown(key: str, **kwargs: Any) -> None:
+    """Raises UserError for what a layer asks of attention and ``key`` cannot give, see transformers' interface."""
+    unknown = [k for k in ("softcap", "sliding_window", "s_aux", "position_bias") if kwargs.get(k) is not None]
+    if unknown:
+        raise UserError(f"{key}: the model's attention needs {unknown[0]}, which it cannot have: set it to false")
 
 
 def _attention(
@@ -94,10 +106,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it; the output is ``[1, S, H, D]``."""
-    unknown = [k for k in ("softcap", "sliding_window", "s_aux", "position_bias") if kwargs.get(k) is not None]
-    if unknown or attention_mask is not None or cu_seq_lens_q is None:
-        what = unknown or ["a mask"]
-        raise UserError(f"trainer.packed: the model's attention needs {what[0]}, which it cannot have: set it to false")
+    refuse_unknown("trainer.packed", **kwargs)
+    if attention_mask is not None or cu_seq_lens_q is None:
+        raise UserError("trainer.packed: the model's attention needs a mask, which it cannot have: set it to false")
     grouped = query_1HSD.shape[1] != key_1HSD.shape[1]
     if query_1HSD.is_cuda and query_1HSD.dtype in _HALF:
         from torch.nn.attention.varlen import varlen_attn
@@ -122,4 +133,4 @@ def _one_by_one(
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-__all__ = ["NAME", "Packed", "enable", "packed"]
+__all__ = ["NAME", "Packed", "enable", "only_full_attention", "packed", "refuse_unknown"]

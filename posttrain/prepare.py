@@ -37,12 +37,10 @@ def trainable(model: PreTrainedModel, config: TrainerConfig) -> nn.Module:
     return peft.get_peft_model(model, spec)  # pyright: ignore[reportArgumentType]
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """``trainer.compile``. Raises UserError for a model that cannot be compiled."""
+def compile_layers(model: PreTrainedModel, key: str) -> None:
+    """As ``key`` of the config says. Raises UserError for a model that cannot be compiled."""
     if isinstance(model, Longcat2ForCausalLM):
-        raise UserError(
-            "trainer.compile: models of type longcat2 choose experts and columns as they go: set it to false"
-        )
+        raise UserError(f"{key}: models of type longcat2 choose experts and columns as they go: set it to false")
     # In place, so that names of weights stay. Not the head, which token_logprobs applies in chunks.
     model.base_model.compile(dynamic=True)
 

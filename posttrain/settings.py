@@ -66,6 +66,9 @@ class LocalEngineConfig(Config):
     on_swap: Literal["keep", "recompute"] = "keep"
     """When new weights come, running requests that are not pinned to a version keep the cache that older ones computed,
     or have it computed anew, so that the next log-prob is the new policy's given the whole context."""
+    compile: bool = False
+    """Fuse the operations of forwards that read one token of each request (torch.compile). The first tokens then take a
+    minute or two."""
 
 
 class VllmEngineConfig(Config):

@@ -117,7 +117,7 @@ class Trainer:
             offload = config.activations == "offload" and self.accelerator.device.type != "cpu"
             model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
         if config.compile:
-            compile_layers(model)
+            compile_layers(model, "trainer.compile")
         self.base = model
         self.model, self.optimizer = self.accelerator.prepare(trained, optimizer)
         self._plain: Any = self.accelerator.unwrap_model(self.model) if whole is None else whole

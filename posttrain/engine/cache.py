@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, ``[R, h, S, d]``, allocated at the first update."""
+    """Keys and values of one layer, allocated at the first update: rows, heads and columns end to end, since a compiled
+    forward writes in place only what it was given, and no view of it."""
 
     is_compileable = False
     is_sliding = False
@@ -27,8 +28,11 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the shapes and dtypes of the first update."""
         c = self._cache
-        self.keys = key_states.new_zeros(c.num_slots, key_states.shape[1], c.max_columns, key_states.shape[3])
-        self.values = value_states.new_zeros(c.num_slots, value_states.shape[1], c.max_columns, value_states.shape[3])
+        self.heads = key_states.shape[1]
+        places = c.num_slots * self.heads * c.max_columns
+        # Values are a size of their own: an indexer has keys alone and values of size 0.
+        self.keys = key_states.new_zeros(places, key_states.shape[3])
+        self.values = value_states.new_zeros(places, value_states.shape[3])
         self.is_initialized = True
 
     def update(
@@ -41,17 +45,22 @@ class SlotLayer(CacheLayerMixin):
         c = self._cache
         out: list[Tensor] = []
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            # All but the last dimension, since an indexer has keys alone and values of size 0.
-            buffer.flatten(0, 2).index_copy_(0, c.places(new.shape[1]), new.flatten(0, 2))
-            rows = buffer[: c.num_rows] if c.rows_are_prefix else buffer[c.rows_B1[:, 0]]
+            buffer.index_copy_(0, c.places(self.heads), new.flatten(0, 2))
+            by_row = self._by_row(buffer)
+            rows = by_row[: c.num_rows] if c.rows_are_prefix else by_row[c.rows_B1[:, 0]]
             out.append(rows[:, :, : c.visible])
         return out[0], out[1]
+
+    def _by_row(self, buffer: Tensor) -> Tensor:
+        """``[R, h, S, d]``."""
+        return buffer.view(self._cache.num_slots, self.heads, self._cache.max_columns, buffer.shape[1])
 
     def copy_row(self, source: int, targets: Tensor, length: int) -> None:
         """Give ``targets`` the first ``length`` columns of row ``source``."""
         assert self.keys is not None and self.values is not None
         for buffer in (self.keys, self.values):
-            buffer[targets, :, :length] = buffer[source, :, :length]
+            by_row = self._by_row(buffer)
+            by_row[targets, :, :length] = by_row[source, :, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the visible columns."""

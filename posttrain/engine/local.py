@@ -47,12 +47,13 @@ class LocalEngine:
         draft_steps: int = 0,
         record_choices: bool = False,
         on_swap: Literal["keep", "recompute"] = "keep",
+        compiling: bool = False,
     ) -> LocalEngine:
         """Load the model in ``folder`` in a new process; see ``LocalEngineConfig`` for what it can be told.
         ``timeout_s`` bounds every later wait for an answer. Raises UserError if the model cannot do what is asked."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        args = (there, str(folder), slots, max_context, threads, draft_steps, record_choices, on_swap)
+        args = (there, str(folder), slots, max_context, threads, draft_steps, record_choices, on_swap, compiling)
         process = context.Process(target=worker.main, args=args, daemon=True, name="engine")
         process.start()
         there.close()

@@ -6,13 +6,17 @@ from collections.abc import Collection, Iterator
 from copy import deepcopy
 from typing import Any
 
+from posttrain.engine import compiled
+
 
 class Resident:
     """A model each, in the order in which they were loaded. It holds no more models than versions."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, compiling: bool = False) -> None:
         self._models: dict[int, Any] = {0: model.eval()}
-        self.newest = 0
+        self.newest, self.compiling = 0, compiling
+        if compiling:
+            compiled.enable(model)
 
     def __contains__(self, version: int) -> bool:
         return version in self._models
@@ -32,5 +36,7 @@ class Resident:
         kept = {v: m for v, m in self._models.items() if v in keep and v != version}
         dropped = [m for v, m in self._models.items() if v not in kept]
         model = dropped[-1] if dropped else deepcopy(self._models[self.newest])
+        if self.compiling and not dropped:  # a copy is as it was before
+            compiled.enable(model)
         self._models, self.newest = {**kept, version: model}, version
         return model

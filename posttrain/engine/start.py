@@ -25,6 +25,7 @@ async def start_engine(config: EngineConfig, folder: Path, work: Path) -> LocalE
                 draft_steps=config.draft_steps,
                 record_choices=config.record_choices,
                 on_swap=config.on_swap,
+                compiling=config.compile,
             )
         case VllmEngineConfig():
             return await VllmEngine.start(config, folder, work)

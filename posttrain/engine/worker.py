@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -22,12 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from posttrain.engine import compiled
 from posttrain.engine.cache import SlotCache
 from posttrain.engine.recorder import Recorder
 from posttrain.engine.resident import Resident
 from posttrain.engine.sampling import draw
 from posttrain.engine.slots import Request, Slot, lay_out
 from posttrain.engine.speculative import DraftCounts, Drafter
+from posttrain.errors import UserError
 from posttrain.types import Completion
 from posttrain.weights import read_into
 
@@ -46,6 +49,7 @@ class Scheduler:
         draft_steps: int = 0,
         record_choices: bool = False,
         on_swap: Literal["keep", "recompute"] = "keep",
+        compiling: bool = False,
     ) -> None:
         window = getattr(model.config, "sliding_window", None)
         if window is not None and window < max_context:
@@ -56,7 +60,7 @@ class Scheduler:
                 f"engine.max_context: {max_context}, but from {pages} tokens on (hi_min_tokens) this model's prefills "
                 "choose by pages, and this engine does not: lower the one, or set the model's use_hi to false"
             )
-        self.resident, self.max_context, self.on_swap = Resident(model), max_context, on_swap
+        self.resident, self.max_context, self.on_swap = Resident(model, compiling), max_context, on_swap
         self.cache = SlotCache(num_slots, max_context)
         self.drafter = Drafter(model.config, self.cache, draft_steps) if draft_steps else None
         self.recorder = Recorder(model.config, self.cache) if record_choices else None
@@ -253,15 +257,17 @@ class Scheduler:
     ) -> Any:
         """The model's output for ``tokens`` at the columns from ``starts`` on; a slot without tokens is idle."""
         rows = lay_out(self.cache, slots, tokens, starts)
-        out = model(
-            input_ids=rows.ids_BT,
-            attention_mask=rows.mask_B1TS,
-            position_ids=rows.positions_BT,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=0 if rows.ids_BT.shape[1] > 1 else 1,
-            **({"output_choices": True} if self.recorder is not None else {}),
-        )
+        one_token = rows.ids_BT.shape[1] == 1
+        with compiled.only_if(one_token) if self.resident.compiling else nullcontext():
+            out = model(
+                input_ids=rows.ids_BT,
+                attention_mask=rows.mask_B1TS,
+                position_ids=rows.positions_BT,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1 if one_token else 0,
+                **({"output_choices": True} if self.recorder is not None else {}),
+            )
         if self.recorder is not None:
             self.recorder.write(out)
         return out
@@ -357,13 +363,14 @@ def main(
     draft_steps: int = 0,
     record_choices: bool = False,
     on_swap: Literal["keep", "recompute"] = "keep",
+    compiling: bool = False,
 ) -> None:
     """Serve requests from ``pipe`` until it closes. A closed pipe means that the owner is gone, however it went."""
     torch.set_num_threads(threads)
     model = load_model(folder)
     try:
-        scheduler = Scheduler(model, num_slots, max_context, draft_steps, record_choices, on_swap)
-    except ValueError as error:
+        scheduler = Scheduler(model, num_slots, max_context, draft_steps, record_choices, on_swap, compiling)
+    except (ValueError, UserError) as error:
         pipe.send(("refused", str(error)))
         return
     pipe.send(("ready",))

@@ -59,6 +59,10 @@ async def _local(folder: Path) -> Engine:
     return await LocalEngine.start(folder, slots=SLOTS, max_context=MAX_CONTEXT, timeout_s=120)
 
 
+async def _compiled(folder: Path) -> Engine:
+    return await LocalEngine.start(folder, slots=SLOTS, max_context=MAX_CONTEXT, timeout_s=300, compiling=True)
+
+
 async def _drafting(folder: Path) -> Engine:
     return await LocalEngine.start(folder, slots=SLOTS, max_context=MAX_CONTEXT, timeout_s=120, draft_steps=3)
 
@@ -114,6 +118,8 @@ def _held(model: PreTrainedModel, folder: Path) -> tuple[str, Callable[[], None]
 WAYS: dict[str, Way] = {
     "local": Way(start=_local, kinds=("longcat2", "llama"), publish=_shared),
     "drafting": Way(start=_drafting, kinds=("longcat2-mtp",), publish=_shared),
+    # Of one row or of several, next to each other or not: every such forward is kernels of its own.
+    "compiled": Way(start=_compiled, kinds=("llama",), publish=_shared, exact=False, marks=(pytest.mark.slow,)),
     "vllm": Way(
         start=_vllm(replicas=3),
         kinds=("llama-32",),

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from multiprocessing import Pipe
 from pathlib import Path
 from random import Random
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from posttrain.engine import worker
 from posttrain.engine.local import LocalEngine
 from posttrain.engine.worker import Request, Scheduler
-from posttrain.errors import EngineError
+from posttrain.errors import EngineError, UserError
 from posttrain.types import Completion, Sampling, Weights
 from tests.model.longcat2_tiny import LSA
 from tests.posttrain.tiny import all_logprobs, make_ids, make_model
@@ -80,6 +82,12 @@ def test_a_killed_process_fails_whoever_waits_and_whoever_comes_later(folder: Pa
 def test_an_engine_that_cannot_start_says_so_and_leaves_no_process(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="died with exit code 1"):
         asyncio.run(LocalEngine.start(tmp_path / "absent", timeout_s=60))
+
+
+def test_a_model_that_chooses_as_it_goes_is_not_compiled(tmp_path: Path) -> None:
+    make_model("longcat2").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"engine\.compile: models of type longcat2"):
+        asyncio.run(LocalEngine.start(tmp_path, timeout_s=60, compiling=True))
 
 
 def test_a_start_beyond_its_bound_leaves_no_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +181,27 @@ def test_any_causal_model_is_served_as_its_own_forward_has_it(kind: str) -> None
     model = make_model(kind)
     requests = [request(i, make_ids(Random(i), n), 12, i) for i, n in enumerate((3, 50, 30, 60, 7, 100, 3, 41))]
     assert gap(model, requests, serve(Scheduler(model, 6, 128), requests)) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe", "deepseek_v3"])
+def test_compiled_a_causal_model_is_served_as_its_own_forward_has_it(kind: str) -> None:
+    """Later versions too, of which each has a model of its own."""
+    model, later = make_model(kind), make_model(kind, seed=1)
+    requests = [request(i, make_ids(Random(i), n), 12, i) for i, n in enumerate((3, 50, 30, 60, 7))]
+    scheduler = Scheduler(deepcopy(model), 6, 128, compiling=True)
+    compiled = counters["stats"]["unique_graphs"]
+    assert gap(model, requests, serve(scheduler, requests)) < TOLERANCE
+    assert counters["stats"]["unique_graphs"] > compiled
+    scheduler.set_version(1, keep=[0]).load_state_dict(later.state_dict())
+    assert gap(later, requests, serve(scheduler, requests)) < TOLERANCE
+    assert all(m.base_model._compiled_call_impl is not None for m in map(scheduler.resident.__getitem__, (0, 1)))
+    torch.compiler.reset()
+
+
+def test_compiled_a_model_with_windows_is_refused() -> None:
+    with pytest.raises(UserError, match=r"engine\.compile: a model of type gemma2 has more than full attention"):
+        Scheduler(make_model("gemma2"), 6, 128, compiling=True)
 
 
 def test_a_context_in_which_prefills_choose_by_pages_is_refused() -> None:
