@@ -67,8 +67,8 @@ class LocalEngineConfig(Config):
     """When new weights come, running requests that are not pinned to a version keep the cache that older ones computed,
     or have it computed anew, so that the next log-prob is the new policy's given the whole context."""
     compile: bool = False
-    """Fuse the operations of forwards that read one token of each request (torch.compile). The first tokens then take a
-    minute or two."""
+    """Fuse the operations of forwards that read one token of each of several requests (torch.compile). The start then
+    takes a minute or two. For models of transformers with full attention."""
 
 
 class VllmEngineConfig(Config):

@@ -5,7 +5,7 @@ Shapes: B rows in a forward, T tokens a row, S visible columns, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from posttrain.engine.cache import SlotCache
 from posttrain.types import Sampling
 
 _COLUMN_STEP = 32
+_PREFILL_TOKENS = 8192
+"""Padded tokens one prefill forward may hold: bounds its memory."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,3 +91,15 @@ def lay_out(
     rows_B = torch.tensor([s.index for s in slots])
     cache.place(rows_B, columns_BT, visible, all(s.index == row for row, s in enumerate(slots)))
     return Rows(ids_BT, positions_BT, mask_B1TS, torch.tensor(lengths) - 1)
+
+
+def chunks(work: Sequence[tuple[Slot, int]]) -> Iterator[list[Slot]]:
+    """Slots with as many tokens to read, in forwards of bounded size; similar lengths together, so that little is
+    padded."""
+    order = sorted(work, key=lambda w: (w[1], w[0].index))
+    while order:
+        count = 1
+        while count < len(order) and (count + 1) * order[count][1] <= _PREFILL_TOKENS:
+            count += 1
+        yield [slot for slot, _ in order[:count]]
+        order = order[count:]

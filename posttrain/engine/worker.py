@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -28,14 +28,11 @@ from posttrain.engine.cache import SlotCache
 from posttrain.engine.recorder import Recorder
 from posttrain.engine.resident import Resident
 from posttrain.engine.sampling import draw
-from posttrain.engine.slots import Request, Slot, lay_out
+from posttrain.engine.slots import Request, Slot, chunks, lay_out
 from posttrain.engine.speculative import DraftCounts, Drafter
 from posttrain.errors import UserError
 from posttrain.types import Completion
 from posttrain.weights import read_into
-
-_PREFILL_TOKENS = 8192
-"""Padded tokens one prefill forward may hold: bounds its memory."""
 
 
 class Scheduler:
@@ -70,6 +67,15 @@ class Scheduler:
         self.clock = 0
         self.done: list[tuple[int, Completion]] = []
         self.failed: list[tuple[int, str]] = []
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile, if the engine does, what later forwards need: of rows next to each other, and of others."""
+        if self.resident.compiling:
+            for slots in (self.slots[:5], self.slots[1:4]):
+                for tokens in (2, 1):  # the first makes the cache, and is not compiled
+                    starts = [self.max_context - tokens] * len(slots)
+                    self._forward(self.model, slots, [[0] * tokens] * len(slots), starts)
 
     @property
     def busy(self) -> bool:
@@ -151,7 +157,7 @@ class Scheduler:
         next forward reads."""
         for slot in slots:
             slot.states, slot.version = slot.states[:0], self.resident.newest
-        for chunk in _chunks([(s, len(s.context) - 1) for s in slots]):
+        for chunk in chunks([(s, len(s.context) - 1) for s in slots]):
             self._read_columns(chunk, [0] * len(chunk), [len(s.context) - 1 for s in chunk])
 
     def _admit(self) -> None:
@@ -203,7 +209,7 @@ class Scheduler:
         for follower, leader in followers:
             by_leader.setdefault(leader.index, []).append(follower)
         known = {slot.index: known for slot, known in work}
-        for chunk in _chunks([(slot, len(slot.context) - n) for slot, n in work]):
+        for chunk in chunks([(slot, len(slot.context) - n) for slot, n in work]):
             slots, rows = list(chunk), list(range(len(chunk)))
             logits_BV = self._read_columns(chunk, [known[s.index] for s in chunk], [len(s.context) for s in chunk])
             for row, leader in enumerate(chunk):
@@ -258,7 +264,7 @@ class Scheduler:
         """The model's output for ``tokens`` at the columns from ``starts`` on; a slot without tokens is idle."""
         rows = lay_out(self.cache, slots, tokens, starts)
         one_token = rows.ids_BT.shape[1] == 1
-        with compiled.only_if(one_token) if self.resident.compiling else nullcontext():
+        with compiled.only_if(one_token and len(slots) > 1) if self.resident.compiling else nullcontext():
             out = model(
                 input_ids=rows.ids_BT,
                 attention_mask=rows.mask_B1TS,
@@ -319,18 +325,6 @@ class Scheduler:
         self.free.append(slot)
 
 
-def _chunks(work: Sequence[tuple[Slot, int]]) -> Iterator[list[Slot]]:
-    """Slots with as many tokens to read, in forwards of bounded size; similar lengths together, so that little is
-    padded."""
-    order = sorted(work, key=lambda w: (w[1], w[0].index))
-    while order:
-        count = 1
-        while count < len(order) and (count + 1) * order[count][1] <= _PREFILL_TOKENS:
-            count += 1
-        yield [slot for slot, _ in order[:count]]
-        order = order[count:]
-
-
 def load_model(folder: str) -> nn.Module:
     """Any causal LM in a Hugging Face folder, ours included."""
     from posttrain.model.checkpoint import load_any
@@ -373,6 +367,7 @@ def main(
     except (ValueError, UserError) as error:
         pipe.send(("refused", str(error)))
         return
+    scheduler.warm_up()
     pipe.send(("ready",))
     inbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
     threading.Thread(target=_read, args=(pipe, inbox), daemon=True).start()

@@ -210,7 +210,7 @@ def test_a_cache_that_was_computed_anew_is_wholly_the_new_versions(case: str) ->
 
 
 def test_a_long_computation_anew_is_cut_into_forwards_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.engine.worker._PREFILL_TOKENS", 64)
+    monkeypatch.setattr("posttrain.engine.slots._PREFILL_TOKENS", 64)
     scheduler, requests = scheduler_of("llama", on_swap="recompute"), [request(i, 5 + 12 * i, 20) for i in range(6)]
     scheduler.submit(requests)
     scheduler.step()
