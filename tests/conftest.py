@@ -11,6 +11,16 @@ settings.register_profile("posttrain", deadline=None, suppress_health_check=[Hea
 settings.load_profile("posttrain")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with slow tests first: of several workers none shall be left alone with one at the end."""
+    slow = {_module(item) for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: _module(item) not in slow)
+
+
+def _module(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its precision in the process: what one test sets up must not reach the next."""

