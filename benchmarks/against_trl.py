@@ -183,7 +183,11 @@ async def ours(cell: Cell, out: Path) -> list[Step]:
     pace: dict[str, Any] = {"max_running": running, "max_staleness": ahead, "stragglers": cell.stragglers}
     loop_config = LoopConfig(steps=cell.steps, groups_per_step=cell.groups, group_size=cell.size, **pace)
     optimizer: Any = {"lr": RATE, "betas": BETAS, "warmup_steps": 0, "decay": False}
-    config = TrainerConfig(**optimizer, threads=cell.threads, share_prompts=True, compile=cell.trainer == OURS_COMPILED)
+    if cell.trainer == OURS_COMPILED:
+        # Two halves of a step side by side: what the engine leaves of its processor is not enough for threads in step.
+        half = -(-cell.groups // 2) * (cell.prompt + cell.size * (cell.tokens + 1))
+        optimizer |= {"compile": True, "micro_batches_at_once": 2, "tokens_per_micro_batch": half}
+    config = TrainerConfig(**optimizer, threads=cell.threads, share_prompts=True)
     loss = ClippedLoss(constant_length=cell.tokens)
     slots, context = 3 * cell.groups * cell.size, cell.prompt + cell.tokens
     places: Any = {"slots": slots, "max_context": context, "threads": cell.threads}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.model.layer import LayerReplay
 from posttrain.prompts import Prompts, shared, stack, without
 from posttrain.types import Choices, Sample, Support
 
@@ -62,6 +63,15 @@ class Batch:
         if self.support_NK is None:
             return ids_N
         return torch.cat([ids_N[:, None], torch.where(self.support_NK < 0, ids_N[:, None], self.support_NK)], 1)
+
+    @property
+    def replay(self) -> list[LayerReplay] | None:
+        """What each layer shall choose; None: the model chooses."""
+        if self.slots_BTLK is None:
+            return None
+        slots = self.slots_BTLK.unbind(2)
+        columns = [None] * len(slots) if self.columns_BTLOK is None else self.columns_BTLOK.unbind(2)
+        return [LayerReplay(s, c) for s, c in zip(slots, columns, strict=True)]
 
     def idle(self) -> Batch:
         """The same forward, which trains nothing and counts for nothing."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Logits of a chunk: 1 MiB in float32 stays in a core's cache, 256 MiB keeps a GPU busy."""
 _OF_HEAD = 8
 """A chunk has at least an eighth as many logits as the head has weights: every chunk reads all of these."""
+_BARE, _users = Lock(), dict[nn.Module, int]()
+"""Threads that have a head bare."""
 _SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 """Fields of configs whose models do more to hidden states than to multiply them by the head."""
 
@@ -41,12 +44,17 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
 
 @contextmanager
 def bare(head: nn.Linear) -> Iterator[None]:
-    """The model's logits are the hidden states that ``head`` would be given."""
-    head.forward = lambda input: input
+    """The model's logits are the hidden states that ``head`` would be given; where several threads are in here, until
+    the last of them leaves."""
+    with _BARE:
+        head.forward, _users[head] = lambda input: input, _users.get(head, 0) + 1
     try:
         yield
     finally:
-        del head.forward
+        with _BARE:
+            _users[head] -= 1
+            if not _users[head]:
+                del head.forward, _users[head]
 
 
 def rows_of_chunk(device: str, vocabulary: int, hidden: int) -> int:

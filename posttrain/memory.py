@@ -121,6 +121,9 @@ def trainer_memory(
         parts["log-probs"] = _head_bytes(tokens, vocabulary, hidden, copies, rows)
     if isinstance(loss, DistillLoss) and isinstance(loss.estimator, TopkEstimator):
         parts["support"] = _PER_JUDGED * tokens * loss.estimator.support
+    if (side_by_side := config.micro_batches_at_once) > 1:
+        parts |= {name: side_by_side * parts[name] for name in ("activations", "log-probs", "support") if name in parts}
+        parts["gradients"] *= 1 + side_by_side  # their sum, and what each adds to it
     step = parts["activations"] + parts["log-probs"] + parts.get("support", 0)
     if isinstance(config.parallel, FsdpConfig):
         return parts | _in_parts(parts, config.parallel, max(_layer_size(model), FLOAT * vocabulary * hidden))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.batch import Batch
 from posttrain.objective_settings import (
     CispoLoss,
     ClippedLoss,
@@ -332,3 +333,11 @@ def _k3(p_N: Tensor, q_N: Tensor) -> Tensor:
     """Non-negative estimate of KL(q || p) from tokens drawn from q (Schulman's k3)."""
     log_ratio_N = p_N - q_N
     return _ratio(log_ratio_N) - 1 - log_ratio_N
+
+
+def on_support(batch: Batch, logprobs: Tensor) -> tuple[Tensor, OnSupport | None]:
+    """Log-probs of ``batch.judged_ids`` taken apart: of the trained tokens, ``[N]``, and of the support."""
+    if batch.support_NK is None or batch.support_teacher_NK is None:
+        return logprobs, None
+    holds_N = (batch.support_NK == batch.judged_ids[:, :1]).any(1)
+    return logprobs[:, 0], OnSupport(logprobs[:, 1:], batch.support_teacher_NK, batch.support_NK >= 0, holds_N)

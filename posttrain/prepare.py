@@ -45,6 +45,17 @@ def compile_layers(model: PreTrainedModel, key: str) -> None:
     model.base_model.compile(dynamic=True)
 
 
+def refuse_side_by_side(model: PreTrainedModel, device: str) -> None:
+    """Raises UserError for a model, or a type of device, whose micro-batches cannot be computed at the same time."""
+    if isinstance(model, Longcat2ForCausalLM):
+        raise UserError(
+            "trainer.micro_batches_at_once: models of type longcat2 count what their routers choose as they go: set it "
+            "to 1"
+        )
+    if device != "cpu":
+        raise UserError(f"trainer.micro_batches_at_once: is for CPUs, and this trains on {device}: set it to 1")
+
+
 def keep_memory() -> None:
     """Have this process keep what a step frees for the next one, where the C library is glibc.
 
@@ -68,4 +79,4 @@ def refuse_parts(model: PreTrainedModel, config: TrainerConfig) -> None:
         )
 
 
-__all__ = ["compile_layers", "keep_memory", "refuse_parts", "trainable"]
+__all__ = ["compile_layers", "keep_memory", "refuse_parts", "refuse_side_by_side", "trainable"]

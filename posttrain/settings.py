@@ -257,6 +257,9 @@ class TrainerConfig(OptimizerSettings):
     """Precision of the forward; weights and log-probs stay in float32."""
     threads: Annotated[int, Field(gt=0)] = 1
     """CPU threads of the training process."""
+    micro_batches_at_once: Annotated[int, Field(gt=0)] = 1
+    """On a CPU: as many are computed side by side, by so many threads each, with the same sums in the end. Better than
+    ``threads`` where an engine is on the same cores. A step needs as many: see ``tokens_per_micro_batch``."""
     replay_choices: bool = False
     """Use the MoE slots and attended columns that the engine chose when it sampled (``engine.record_choices``)."""
     deterministic: bool = False
@@ -268,6 +271,12 @@ class TrainerConfig(OptimizerSettings):
     def _one_layout(self) -> TrainerConfig:
         if self.packed and self.share_prompts:
             raise ValueError("packed: with share_prompts sequences have a row each; set one of the two to false")
+        return self
+
+    @model_validator(mode="after")
+    def _one_by_one(self) -> TrainerConfig:
+        if self.micro_batches_at_once > 1 and self.lora is not None:
+            raise ValueError("micro_batches_at_once: adapters change a layer while it runs; set it to 1")
         return self
 
     @model_validator(mode="after")
@@ -287,6 +296,8 @@ class TrainerConfig(OptimizerSettings):
             for key in ("compile", "share_prompts"):
                 if getattr(self, key):
                     raise ValueError(f"{key}: is for one process; set it to false, or parallel.type to none")
+            if self.micro_batches_at_once > 1:
+                raise ValueError("micro_batches_at_once: is for one process; set it to 1, or parallel.type to none")
         return self
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,15 +29,15 @@ from posttrain.files import needs_room
 from posttrain.logprobs import bare, plain_head, token_logprobs
 from posttrain.mismatch import Gaps, Mismatch, together
 from posttrain.model import Longcat2ForCausalLM
-from posttrain.model.layer import LayerReplay
 from posttrain.model.outputs import Longcat2CausalOutput
-from posttrain.objective import Extent, OnSupport, Tokens
+from posttrain.objective import Extent, Tokens, on_support
 from posttrain.objective_settings import DistillLoss, LossConfig
 from posttrain.optim import make_optimizer, rate_of
-from posttrain.prepare import compile_layers, keep_memory, refuse_parts, trainable
+from posttrain.prepare import compile_layers, keep_memory, refuse_parts, refuse_side_by_side, trainable
 from posttrain.prompts import can_share, read
 from posttrain.ranks import Place, Ranks, make_accelerator
 from posttrain.settings import AloneConfig, FsdpConfig, TrainerConfig
+from posttrain.side_by_side import SideBySide
 from posttrain.types import Sample, Weights
 from posttrain.weights import Outlet, SharedOutlet, merged_state_of, state_of
 
@@ -49,6 +49,14 @@ class _Earlier(NamedTuple):
     """Those at the start of the step; None: they are the ones being trained."""
     reference_N: Tensor | None = None
     """Those at the start of the stage; None: the objective does not use them."""
+
+
+class _Found(NamedTuple):
+    """What a micro-batch tells beside its gradient."""
+
+    stats: dict[str, float]
+    gaps: tuple[Tensor, Tensor, Tensor]
+    """For ``Mismatch.add``."""
 
 
 class _Part(NamedTuple):
@@ -97,6 +105,10 @@ class Trainer:
         self.accelerator = make_accelerator(config, place)
         if self.accelerator.device.type == "cpu":
             keep_memory()
+        at_once = config.micro_batches_at_once
+        if at_once > 1:
+            refuse_side_by_side(model, self.accelerator.device.type)
+        self._side_by_side = SideBySide(at_once) if at_once > 1 else None
         trained = trainable(model, config)
         if place is not None:
             shards.make_alike(trained)
@@ -174,11 +186,23 @@ class Trainer:
             # Of all ranks, as the gradient is.
             extent = Extent(num_rollouts / parts, sum(sum(s.sampled[1:]) for s in share))
             real = sum(len(s.ids) for s in share)
-            for i, batch in enumerate(batches):
-                with self._summing(i == len(batches) - 1):
-                    self._accumulate(batch, known[i], extent, real, totals, mismatch)
+            losses = [partial(self._loss, b, known[i], extent, real) for i, b in enumerate(batches)]
+            for found in self._accumulate(losses):
+                mismatch.add(*found.gaps)
+                _add(totals, found.stats)
             norms.append(self._update())
         return _Part(totals, mismatch.gaps(), norms)
+
+    def _accumulate(self, losses: Sequence[Callable[[], tuple[Tensor, _Found]]]) -> Iterator[_Found]:
+        """Add up the gradients of micro-batches, and yield what else is known of each, in their order."""
+        if self._side_by_side is not None:
+            yield from self._side_by_side.accumulate([p for p in self.model.parameters() if p.requires_grad], losses)
+            return
+        for i, loss in enumerate(losses):
+            with self._summing(i == len(losses) - 1):
+                total, found = loss()
+                self.accelerator.backward(total * self._count)  # of the ranks' gradients the mean is taken
+            yield found
 
     def _summing(self, last: bool) -> AbstractContextManager[Any]:
         """With whole gradients in every rank they travel once an update, after the last micro-batch."""
@@ -213,18 +237,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _accumulate(
-        self,
-        batch: Batch,
-        earlier: _Earlier,
-        extent: Extent,
-        real: int,
-        totals: dict[str, float],
-        mismatch: Mismatch,
-    ) -> None:
+    def _loss(self, batch: Batch, earlier: _Earlier, extent: Extent, real: int) -> tuple[Tensor, _Found]:
         batch = batch.to(self.accelerator.device)
         found, entropy_N, aux = self._logprobs(batch, True)
-        pi_N, support = _on_support(batch, found)
+        pi_N, support = on_support(batch, found)
         mask_BT = batch.sampled_BT
         tokens = Tokens(
             pi_N=pi_N,
@@ -238,12 +254,10 @@ class Trainer:
             support=support,
         )
         total, stats, gated_N = objective.loss(tokens, self.loss, extent)
-        mismatch.add(tokens.prox_N - tokens.mu_N, batch.versions_BT[mask_BT], gated_N)
         if aux is not None:
             total = total + aux * (batch.real_BT.sum().item() / real)
             stats["aux_loss"] = aux.item() * len(pi_N)
-        self.accelerator.backward(total * self._count)  # of the ranks' gradients the mean is taken
-        _add(totals, stats)
+        return total, _Found(stats, (tokens.prox_N - tokens.mu_N, batch.versions_BT[mask_BT], gated_N))
 
     def _logprobs(
         self, batch: Batch, with_grad: bool, model: nn.Module | None = None
@@ -254,7 +268,7 @@ class Trainer:
         # Padding is at the right, where causality hides it; our model is told of it for its expert load alone.
         extra: dict[str, Any] = {}
         if isinstance(self.base, Longcat2ForCausalLM):
-            extra = {"attention_mask": batch.real_BT, "replay": _replay(batch)}
+            extra = {"attention_mask": batch.real_BT, "replay": batch.replay}
         model = model or self.model
         head = plain_head(self.accelerator.unwrap_model(model))
         row = packing.packed(batch) if self.config.packed else None
@@ -365,6 +379,8 @@ class Trainer:
     def close(self) -> None:
         """Take away what was published, and end the other processes; idempotent."""
         self._outlet.close()
+        if self._side_by_side is not None:
+            self._side_by_side.close()
         if self._ranks is not None:
             self._ranks.close()
 
@@ -380,20 +396,3 @@ def _follower(
 def _add(totals: dict[str, float], more: Mapping[str, float]) -> None:
     for key, value in more.items():
         totals[key] = totals.get(key, 0.0) + value
-
-
-def _on_support(batch: Batch, logprobs: Tensor) -> tuple[Tensor, OnSupport | None]:
-    """Log-probs of ``batch.judged_ids`` taken apart: of the trained tokens, ``[N]``, and of the support."""
-    if batch.support_NK is None or batch.support_teacher_NK is None:
-        return logprobs, None
-    holds_N = (batch.support_NK == batch.judged_ids[:, :1]).any(1)
-    return logprobs[:, 0], OnSupport(logprobs[:, 1:], batch.support_teacher_NK, batch.support_NK >= 0, holds_N)
-
-
-def _replay(batch: Batch) -> list[LayerReplay] | None:
-    """What each layer shall choose; None: the model chooses."""
-    if batch.slots_BTLK is None:
-        return None
-    slots = batch.slots_BTLK.unbind(2)
-    columns = [None] * len(slots) if batch.columns_BTLOK is None else batch.columns_BTLOK.unbind(2)
-    return [LayerReplay(s, c) for s, c in zip(slots, columns, strict=True)]

@@ -64,6 +64,12 @@ def test_a_trainer_by_hand(qwen: PretrainedModel) -> None:
     assert parts(qwen, longest=100, tokens_per_micro_batch=64)["activations"] == found["activations"] * 100 // 64
 
 
+def test_side_by_side_each_has_activations_and_gradients_of_its_own(qwen: PretrainedModel) -> None:
+    one, three = parts(qwen), parts(qwen, micro_batches_at_once=3)
+    times = {name: three[name] / size for name, size in one.items()}
+    assert times == {**dict.fromkeys(one, 1), "gradients": 4, "activations": 3, "log-probs": 3}
+
+
 def test_what_autocast_copies(qwen: PretrainedModel, tmp_path: Path) -> None:
     """All matrices and the head; of frozen ones those of one layer, where layers are computed again."""
     Qwen3Config(**{**QWEN, "num_hidden_layers": 3}).save_pretrained(tmp_path)

@@ -23,7 +23,7 @@ from posttrain.types import Sample
 from posttrain.weights import read_into, state_of
 from tests.model.longcat2_tiny import tiny, tokens
 from tests.posttrain.small import copies, differing, make_trainer, plain_logprobs, sample
-from tests.posttrain.tiny import make_model
+from tests.posttrain.tiny import VOCAB, make_model
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 SAMPLES = [sample(f"g/{i}", 6 + i, (-1.0) ** i, seed=i) for i in range(5)]
@@ -179,6 +179,38 @@ def test_what_is_computed_again_gives_the_same_step(activations: Any, kind: str)
     assert all(torch.allclose(again[name], tensor, atol=1e-7) for name, tensor in kept.items())
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("changes", [{}, {"share_prompts": True}, {"packed": True}])
+def test_side_by_side_a_step_is_the_same_bit_for_bit(kind: str, changes: dict[str, Any]) -> None:
+    def steps(at_once: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        given: Any = {"lr": 1e-3, "warmup_steps": 0, "tokens_per_micro_batch": 16, **changes}
+        torch.manual_seed(0)
+        trainer = Trainer(make_model(kind), TrainerConfig(**given, micro_batches_at_once=at_once), ClippedLoss(), 3)
+        stats = [trainer.step(SAMPLES, 5) for _ in range(3)]
+        state = {k: v.clone() for k, v in trainer.weights().items()}
+        trainer.close()
+        return stats, state
+
+    (want, alone), (got, beside) = steps(1), steps(3)
+    assert got == want
+    assert all(torch.equal(beside[name], tensor) for name, tensor in alone.items())
+
+
+def test_what_is_wrong_side_by_side_is_raised() -> None:
+    trainer = Trainer(make_model("llama"), TrainerConfig(micro_batches_at_once=2), ClippedLoss(), 1)
+    broken = [replace(s, ids=(VOCAB, *s.ids[1:])) for s in SAMPLES]
+    with pytest.raises(IndexError):
+        trainer.step(broken, 5)
+    trainer.close()
+
+
+def test_what_cannot_be_side_by_side_is_refused() -> None:
+    with pytest.raises(UserError, match=r"trainer\.micro_batches_at_once: models of type longcat2 count"):
+        make_trainer(micro_batches_at_once=2)
+    with pytest.raises(ValueError, match=r"micro_batches_at_once: adapters change a layer while it runs"):
+        TrainerConfig(micro_batches_at_once=2, lora=LoraConfig(rank=2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shares", [False, True])
 def test_a_compiled_trainer_steps_as_a_plain_one(shares: bool) -> None:
@@ -209,6 +241,7 @@ def test_a_model_that_chooses_as_it_goes_is_not_compiled() -> None:
     [
         ({"compile": True}, r"compile: is for one process; set it to false, or parallel\.type to none"),
         ({"share_prompts": True}, r"share_prompts: is for one process; set it to false"),
+        ({"micro_batches_at_once": 2}, r"micro_batches_at_once: is for one process; set it to 1"),
         ({"parallel": {"type": "ddp", "processes": 2, "devices": [3, 3]}}, r"\[3, 3\] for 2 processes; give each one"),
         ({"parallel": {"type": "ddp", "processes": 2, "devices": [3]}}, r"\[3\] for 2 processes; give each one"),
         ({"parallel": {"type": "fsdp", "processes": 1}}, "greater than or equal to 2"),

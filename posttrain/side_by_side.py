@@ -1,0 +1,45 @@
+"""Several micro-batches at the same time, each in a thread of its own, on the cores of a CPU.
+
+Threads within an operation (``trainer.threads``) wait for each other after every one of them, also for a core that the
+engine has at the moment. Micro-batches have nothing to wait for until the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class SideBySide:
+    """Threads that compute gradients."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="micro-batch")
+
+    def accumulate(
+        self, parameters: Sequence[nn.Parameter], losses: Sequence[Callable[[], tuple[Tensor, T]]]
+    ) -> Iterator[T]:
+        """Adds the gradient of each loss to the parameters', and yields what came with it. In the order of the losses,
+        so that sums are those of one thread, bit for bit. Raises what a loss raises."""
+
+        def work(loss: Callable[[], tuple[Tensor, T]]) -> tuple[Sequence[Tensor | None], T]:
+            total, rest = loss()
+            return torch.autograd.grad(total, parameters, allow_unused=True), rest
+
+        for grads, rest in self._pool.map(work, losses):
+            for parameter, grad in zip(parameters, grads, strict=True):
+                if grad is not None:
+                    parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            yield rest
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+__all__ = ["SideBySide"]
