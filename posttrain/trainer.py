@@ -202,6 +202,7 @@ class Trainer:
             with self._summing(i == len(losses) - 1):
                 total, found = loss()
                 self.accelerator.backward(total * self._count)  # of the ranks' gradients the mean is taken
+            del total  # and with it what the graph still holds, before there is another one
             yield found
 
     def _summing(self, last: bool) -> AbstractContextManager[Any]:
