@@ -184,28 +184,28 @@ def test_after_a_load_everything_comes_from_the_new_weights(bench: Bench, by: st
 
 
 def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench) -> None:
-    prompt, before = make_ids(Random(6), 20), bench.version
+    prompt = make_ids(Random(6), 20)
 
-    async def span() -> Completion:
+    async def span() -> tuple[Trainer, Completion]:
+        old, (new,) = bench.trainer(), bench.others(1)
         long = asyncio.create_task(bench.engine.generate(prompt, Sampling(max_tokens=200, seed=1)))
-        await bench.engine.generate(prompt, Sampling(max_tokens=5, seed=2))  # now the long one is under way
+        await bench.engine.generate(prompt, Sampling(max_tokens=10, seed=2))  # now the long one is under way
         await bench.take(new)
-        return await long
+        return old, await long
 
-    (new,) = bench.others(1)
-    old_trainer, completion = bench.trainer(), bench.runner.run(span())
-    count = completion.versions.count(before)
-    assert 5 <= count < 200
-    assert completion.versions == (before,) * count + (before + 1,) * (200 - count)
+    old, completion = bench.until(lambda got: 5 <= got[1].versions.count(bench.version - 1) < 200, span)
+    count = completion.versions.count(bench.version - 1)
+    assert completion.versions == (bench.version - 1,) * count + (bench.version,) * (200 - count)
     first = replace(completion, ids=completion.ids[:count], logprobs=completion.logprobs[:count])
-    assert trainer_gap(old_trainer, [(prompt, first)]) < TOLERANCE
+    assert trainer_gap(old, [(prompt, first)]) < TOLERANCE
 
 
 def test_a_pinned_request_is_bit_for_bit_that_of_an_engine_of_its_version(bench: Bench, tmp_path: Path) -> None:
     """Two newer versions come meanwhile, and others are sampled from them and from an older one."""
     prompt, sampling, other = make_ids(Random(7), 30), Sampling(max_tokens=200, seed=3), make_ids(Random(8), 20)
 
-    async def pinned() -> tuple[Completion, list[Completion]]:
+    async def pinned() -> tuple[list[bool], Completion, list[Completion]]:
+        newer = bench.others(2)
         older = await bench.take(bench.another())
         version = await bench.take(model, keep=[older])
         task = asyncio.create_task(bench.engine.generate(prompt, replace(sampling, version=version)))
@@ -216,18 +216,21 @@ def test_a_pinned_request_is_bit_for_bit_that_of_an_engine_of_its_version(bench:
             await bench.take(newer[count], keep=[older, version])
             crowd += [asyncio.create_task(bench.engine.generate(other, Sampling(max_tokens=40, seed=count)))]
             under_way.append(not task.done())
-        assert all(under_way) if bench.way.exact else under_way[0]
-        return await task, await asyncio.gather(*crowd)
+        return under_way, await task, await asyncio.gather(*crowd)
 
-    model, newer = model_of(bench.kind, seed=bench.version + 1000), bench.others(2)
-    got, crowd = bench.runner.run(pinned())
+    def all_come_about(got: tuple[list[bool], Completion, list[Completion]]) -> bool:
+        under_way, _, (first, _) = got
+        return (all(under_way) if bench.way.exact else under_way[0]) and first.versions[0] == bench.version - 1
+
+    model = model_of(bench.kind, seed=bench.version + 1000)
+    _, got, crowd = bench.until(all_come_about, pinned)
     newest = bench.version
     want = bench.alone(model, tmp_path, lambda engine: engine.generate(prompt, sampling))
     assert (got.ids, got.finish) == (want.ids, want.finish)
     assert got.logprobs == (want.logprobs if bench.way.exact else pytest.approx(want.logprobs, abs=TOLERANCE))
     assert got.versions == (newest - 2,) * 200
     assert trainer_gap(trainer_of(model), [(prompt, got)]) < TOLERANCE
-    assert crowd[0].versions[0] == newest - 1 and (crowd[0].versions[-1] == newest or not bench.way.exact)
+    assert crowd[0].versions[-1] == newest or not bench.way.exact
     assert crowd[1].versions == (newest,) * 40
 
 
@@ -266,6 +269,7 @@ def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: B
     prompts, trainers = [make_ids(Random(i), 10 + i) for i in range(3)], list[Trainer]()
 
     async def drop() -> tuple[list[Any], list[Completion], list[Completion]]:
+        (coming,) = bench.others(1)
         old = await bench.take(bench.another())
         kept = await bench.take(bench.another(), keep=[old])
         trainers.append(bench.trainer())
@@ -281,20 +285,15 @@ def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: B
         async with asyncio.timeout(60):
             failures = await asyncio.gather(*doomed, return_exceptions=True)
         assert not (bench.way.exact and any(t.done() for t in pinned))
-        # A server goes on while weights are on their way to it, and on a busy machine it may be through before.
         early = [f for f in failures if isinstance(f, Completion)]
         assert not (bench.way.exact and early) and all(c.versions == (old,) * 220 for c in early)
         failures = [f for f in failures if not isinstance(f, Completion)]
         return failures, await asyncio.gather(*pinned), await asyncio.gather(*free)
 
-    tries = 1 if bench.way.exact else 6
-    while True:
-        (coming,) = bench.others(1)
-        failures, pinned, free = bench.runner.run(drop())
-        tries -= 1
-        if not tries or (failures and all(c.versions[-1] == bench.version for c in free)):
-            break
-    assert failures
+    def both_come_about(got: tuple[list[Any], list[Completion], list[Completion]]) -> bool:
+        return bool(got[0]) and all({bench.version - 1, bench.version} == {*c.versions} for c in got[2])
+
+    failures, pinned, free = bench.until(both_come_about, drop)
     old, kept, newest = (bench.version - n for n in (2, 1, 0))
     resident = rf"resident are {kept}, {newest} \(newest: {newest}\)"
     for failure in failures:
