@@ -180,7 +180,10 @@ def test_what_is_computed_again_gives_the_same_step(activations: Any, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize("changes", [{}, {"share_prompts": True}, {"packed": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"share_prompts": True}, {"packed": True}, {"activations": "recompute"}, {"mixed_precision": "bf16"}],
+)
 def test_side_by_side_a_step_is_the_same_bit_for_bit(kind: str, changes: dict[str, Any]) -> None:
     def steps(at_once: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
         given: Any = {"lr": 1e-3, "warmup_steps": 0, "tokens_per_micro_batch": 16, **changes}
@@ -209,16 +212,18 @@ def test_what_cannot_be_side_by_side_is_refused() -> None:
         make_trainer(micro_batches_at_once=2)
     with pytest.raises(ValueError, match=r"micro_batches_at_once: adapters change a layer while it runs"):
         TrainerConfig(micro_batches_at_once=2, lora=LoraConfig(rank=2))
+    with pytest.raises(ValueError, match=r"micro_batches_at_once: casts to bf16 wait forever for who compiles"):
+        TrainerConfig(micro_batches_at_once=2, compile=True, mixed_precision="bf16")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shares", [False, True])
-def test_a_compiled_trainer_steps_as_a_plain_one(shares: bool) -> None:
+@pytest.mark.parametrize("changes", [{}, {"share_prompts": True}, {"share_prompts": True, "micro_batches_at_once": 2}])
+def test_a_compiled_trainer_steps_as_a_plain_one(changes: dict[str, Any]) -> None:
     """Two steps of other shapes, so that the second is not what was compiled first."""
 
     def steps(compiled: bool) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-        config = TrainerConfig(lr=1e-3, warmup_steps=0, decay=False, compile=compiled, share_prompts=shares)
-        trainer = Trainer(make_model("llama"), config, ClippedLoss(), 2)
+        given: Any = {"lr": 1e-3, "warmup_steps": 0, "decay": False, "tokens_per_micro_batch": 16, **changes}
+        trainer = Trainer(make_model("llama"), TrainerConfig(**given, compile=compiled), ClippedLoss(), 2)
         stats = [trainer.step([s for s in SAMPLES if len(s.ids) < most], 5) for most in (1000, 8)]
         state = {k: v.clone() for k, v in trainer.weights().items()}
         trainer.close()
