@@ -34,7 +34,8 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from small_model import SIGNS, make_model
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl.experimental.async_grpo import async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_grpo_config import AsyncGRPOConfig
 from trl.trainer.grpo_config import GRPOConfig
@@ -42,7 +43,6 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl_worker import Worker, varlen_attention
 
 from experts.credit import GroupCredit, GroupCreditConfig
-from posttrain.chat import train_tokenizer
 from posttrain.engine.local import LocalEngine
 from posttrain.journal import Journal, rollout_to_dict
 from posttrain.loop import Loop
@@ -59,8 +59,6 @@ TRL_BATCHING = "AsyncGRPOTrainer, batching worker"
 THREADS = {TRL: (1, 2), OURS: (1,), OURS_COMPILED: (1,), TRL_ASYNC: (1,), TRL_BATCHING: (1,), OURS_SYNC: (1, 2)}
 """That a computing process may have: the other ones leave a processor to their engine."""
 BAR, BAR_WITH_LATENCY, RATE, BETAS = 3.0, 2.0, 1e-4, (0.9, 0.95)
-SIGNS = "0123456789+-*=() "
-"""Of which prompts are made; each is a token."""
 TIMEOUT_S = 3600
 QUIET = {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
 
@@ -141,22 +139,6 @@ def summarise(steps: Sequence[Step], warmup: int) -> Result:
         idle=sum(s.idle_s for s in measured) / seconds,
         lost=measured[-1].lost - first.lost,
     )
-
-
-def make_model(folder: Path) -> None:
-    """0.77 M random weights, and a tokenizer whose end token lies beyond the model's vocabulary."""
-    rng = Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(500)]
-    tokenizer = train_tokenizer([SIGNS, *words], vocab_size=640)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.add_special_tokens({"eos_token": "<never>"})
-    tokenizer.save_pretrained(folder)
 
 
 class Play(NamedTuple):

@@ -1,6 +1,6 @@
 """What ``engine.compile`` buys: ``python benchmarks/compiled_engine.py [--slots 192] [--rounds 12]``.
 
-The small random Qwen3 of ``against_trl.py``, one thread, groups of 8 requests of 16 tokens, each answered by 48, so
+The small random Qwen3 of ``small_model.py``, one thread, groups of 8 requests of 16 tokens, each answered by 48, so
 many that hardly a slot is ever free. The scheduler of the local engine as it is and compiled take turns at 48 steps.
 Printed: sampled tokens a second of CPU time, medians, and the median of the ratios of two turns; exit status 1 if
 compiling does not pay."""
@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from against_trl import make_model
+from small_model import make_model
 
 from posttrain.engine.slots import Request
 from posttrain.engine.worker import Scheduler, load_model

@@ -41,6 +41,13 @@ def compile_layers(model: PreTrainedModel, key: str) -> None:
     """As ``key`` of the config says. Raises UserError for a model that cannot be compiled."""
     if isinstance(model, Longcat2ForCausalLM):
         raise UserError(f"{key}: models of type longcat2 choose experts and columns as they go: set it to false")
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError(f"{key}: torch finds no C++ compiler to do it with: install g++, or set it to false") from None
     # In place, so that names of weights stay. Not the head, which token_logprobs applies in chunks.
     model.base_model.compile(dynamic=True)
 

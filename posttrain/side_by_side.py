@@ -5,8 +5,9 @@ engine has at the moment. Micro-batches have nothing to wait for until the end."
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -19,23 +20,38 @@ class SideBySide:
     """Threads that compute gradients."""
 
     def __init__(self, count: int) -> None:
+        self._count = count
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="micro-batch")
 
     def accumulate(
         self, parameters: Sequence[nn.Parameter], losses: Sequence[Callable[[], tuple[Tensor, T]]]
     ) -> Iterator[T]:
         """Adds the gradient of each loss to the parameters', and yields what came with it. In the order of the losses,
-        so that sums are those of one thread, bit for bit. Raises what a loss raises."""
+        so that sums are those of one thread, bit for bit. Raises what a loss raises, when the others have ended."""
 
         def work(loss: Callable[[], tuple[Tensor, T]]) -> tuple[Sequence[Tensor | None], T]:
             total, rest = loss()
             return torch.autograd.grad(total, parameters, allow_unused=True), rest
 
-        for grads, rest in self._pool.map(work, losses):
+        def add() -> T:
+            grads, rest = begun.popleft().result()
             for parameter, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
                     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-            yield rest
+            return rest
+
+        # No more of them than there are threads, ended ones too: each has gradients that are still to be added.
+        begun = deque[Future[tuple[Sequence[Tensor | None], T]]]()
+        try:
+            for loss in losses:
+                if len(begun) == self._count:
+                    yield add()
+                begun.append(self._pool.submit(work, loss))
+            while begun:
+                yield add()
+        finally:
+            for other in begun:
+                other.exception()
 
     def close(self) -> None:
         """Idempotent."""

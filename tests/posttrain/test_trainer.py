@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 from transformers import AutoModelForCausalLM
 
 from posttrain import trainer as trainer_module
@@ -239,6 +240,16 @@ def test_a_compiled_trainer_steps_as_a_plain_one(changes: dict[str, Any]) -> Non
 def test_a_model_that_chooses_as_it_goes_is_not_compiled() -> None:
     with pytest.raises(UserError, match=r"trainer.compile: models of type longcat2"):
         make_trainer(compile=True)
+
+
+def test_without_a_compiler_nothing_is_compiled() -> None:
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(
+            UserError, match=r"^trainer\.compile: torch finds no C\+\+ compiler to do it with: install g\+\+"
+        ),
+    ):
+        Trainer(make_model("llama"), TrainerConfig(compile=True), ClippedLoss(), 1)
 
 
 @pytest.mark.parametrize(
