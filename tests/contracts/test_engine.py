@@ -148,18 +148,21 @@ def test_a_cancelled_request_leaves_the_others_alone(bench: Bench) -> None:
     requests = [(make_ids(Random(i), 10 + i), Sampling(max_tokens=12, seed=i)) for i in range(6)]
     want = bench.run(*requests)
 
-    async def cancel_some() -> list[Completion]:
-        long = Sampling(max_tokens=100, seed=5)
+    async def cancel_some() -> list[Completion | BaseException]:
+        long = Sampling(max_tokens=200, seed=5)
         doomed = [asyncio.create_task(bench.engine.generate(make_ids(Random(i), 30), long)) for i in range(4)]
         kept = [asyncio.create_task(bench.engine.generate(*r)) for r in requests]
         doomed[0].cancel()  # before it was sent
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # tens of times as long, now and then, if the servers have both cores
         for task in doomed:
             task.cancel()
-        assert all(isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*doomed, return_exceptions=True))
-        return await asyncio.gather(*kept)
+        ended = await asyncio.gather(*doomed, return_exceptions=True)
+        assert [c.ids for c in await asyncio.gather(*kept)] == [c.ids for c in want]
+        through = [e for e in ended if not isinstance(e, asyncio.CancelledError)]
+        assert all(isinstance(e, Completion) and len(e.ids) == 200 for e in through), through
+        return ended
 
-    assert [c.ids for c in bench.runner.run(cancel_some())] == [c.ids for c in want]
+    bench.until(lambda ended: all(isinstance(e, asyncio.CancelledError) for e in ended), cancel_some)
 
 
 @pytest.mark.parametrize("by", ["its own way", "folder"])
