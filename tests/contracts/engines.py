@@ -207,7 +207,7 @@ class Bench:
         tries = 1 if self.way.exact else 6
         while not comes_about(got := self.runner.run(scene())):
             tries -= 1
-            assert tries, f"the scene never came about, at last with {got}"
+            assert tries, f"the scene never came about, at last with {str(got)[:500]}"
         return got
 
     def load(self, model: PreTrainedModel, where: str) -> None:
