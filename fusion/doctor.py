@@ -145,10 +145,13 @@ def _precision(config: PipelineConfig, said: Any) -> Finding:
     trainers = _trainers(config)
     half = [key for key, trainer in trainers.items() if trainer.mixed_precision == "bf16"]
     answer = said()
-    if half and not answer.get("bf16"):
-        cure = f"a GPU that has bf16; a CPU emulates it, slowly: --set '{half[0]}.trainer.mixed_precision=\"no\"'"
-        return Finding(name="precision", state="limited", found="bf16, which no GPU here computes in", cure=cure)
     where = "GPU" if gpus_of(answer) else "CPU"
+    if half and not answer.get("bf16" if where == "GPU" else "amx"):
+        able = "a GPU that has bf16, or a CPU with AMX; others emulate it, slowly"
+        cure = f"{able}: --set '{half[0]}.trainer.mixed_precision=\"no\"'"
+        return Finding(
+            name="precision", state="limited", found=f"bf16, in which this {where} does not compute", cure=cure
+        )
     return Finding(name="precision", state="ok", found=f"{'bf16' if half else 'float32'}, trained on the {where}")
 
 

@@ -37,6 +37,7 @@ print(json.dumps({
     "instructions": torch.backends.cpu.get_cpu_capability(),
     "gpus": [{"name": g.name, "bytes": g.total_memory, "capability": f"{g.major}.{g.minor}"} for g in gpus],
     "bf16": bool(gpus) and torch.cuda.is_bf16_supported(),
+    "amx": torch.cpu.get_capabilities().get("amx_bf16", False),
 }))
 """
 

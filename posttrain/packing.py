@@ -127,10 +127,12 @@ def _attention(
 def _one_by_one(
     query_1HSD: Tensor, key_1HSD: Tensor, value_1HSD: Tensor, starts_B1: Tensor, scaling: float | None, grouped: bool
 ) -> Tensor:
-    lengths = starts_B1.diff().tolist()
-    parts = zip(*(x.split(lengths, dim=2) for x in (query_1HSD, key_1HSD, value_1HSD)), strict=True)
-    out = [scaled_dot_product_attention(*p, is_causal=True, scale=scaling, enable_gqa=grouped) for p in parts]
-    return torch.cat(out, dim=2).transpose(1, 2)
+    lengths, dtype = starts_B1.diff().tolist(), query_1HSD.dtype
+    # In float32, see ``posttrain.attention``: half precision comes here on a CPU alone.
+    with torch.autocast(query_1HSD.device.type, enabled=False):
+        parts = zip(*(x.float().split(lengths, dim=2) for x in (query_1HSD, key_1HSD, value_1HSD)), strict=True)
+        out = [scaled_dot_product_attention(*p, is_causal=True, scale=scaling, enable_gqa=grouped) for p in parts]
+    return torch.cat(out, dim=2).to(dtype).transpose(1, 2)
 
 
 __all__ = ["NAME", "Packed", "enable", "only_full_attention", "packed", "refuse_unknown"]

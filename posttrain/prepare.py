@@ -8,17 +8,20 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
-from posttrain import packing
+from posttrain import attention, packing
 from posttrain.errors import UserError
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.settings import FsdpConfig, TrainerConfig
 
 
-def trainable(model: PreTrainedModel, config: TrainerConfig) -> nn.Module:
-    """``model``, in place, with gradients for what is trained alone; in new adapters if the config has them."""
+def trainable(model: PreTrainedModel, config: TrainerConfig, device: str) -> nn.Module:
+    """``model``, in place, with gradients for what is trained alone; in new adapters if the config has them.
+    ``device``: type of the one that it is trained on."""
     model.train()
     if config.packed:
         packing.enable(model)
+    elif config.mixed_precision == "bf16" and device == "cpu":
+        attention.enable(model)
     if isinstance(model, Longcat2ForCausalLM):
         model.freeze_idle()
     for name, parameter in model.named_parameters():

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import AutocastKwargs, DistributedType
 from torch import distributed as dist
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -64,10 +64,13 @@ class Place:
 
 def make_accelerator(config: TrainerConfig, place: Place | None) -> Accelerator:
     """What prepares the model; at a ``place``, returns when all ranks have met."""
-    if place is None:
-        return Accelerator(mixed_precision=config.mixed_precision)
-    # What is parallel is kept in the process, and an earlier stage may have been something else.
+    # Precision and what is parallel are kept in the process, and an earlier stage may have been something else.
     AcceleratorState._reset_state(reset_partial_state=True)
+    # Its cache of weights in bf16 serves a weight that a forward uses twice, and hangs where micro-batches are side by
+    # side: it waits for Python under a lock of its own, and so does whoever compiles, for the lock.
+    half = AutocastKwargs(cache_enabled=False)
+    if place is None:
+        return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[half])
     shards = _shards(config) if isinstance(config.parallel, FsdpConfig) else None
     with _environment(place, config.threads):
         dist.init_process_group(
@@ -78,7 +81,8 @@ def make_accelerator(config: TrainerConfig, place: Place | None) -> Accelerator:
             timeout=timedelta(seconds=place.timeout_s + _MARGIN_S),
         )
         cpu = place.device is None
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, fsdp_plugin=shards)
+        more: Any = {"cpu": cpu, "fsdp_plugin": shards, "kwargs_handlers": [half]}
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, **more)
     if shards is not None and place.device is None:
         # Accelerate thinks of FSDP on GPUs alone; torch does the same on a CPU.
         accelerator.state.distributed_type = DistributedType.FSDP

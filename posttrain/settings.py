@@ -277,12 +277,6 @@ class TrainerConfig(OptimizerSettings):
     def _one_by_one(self) -> TrainerConfig:
         if self.micro_batches_at_once > 1 and self.lora is not None:
             raise ValueError("micro_batches_at_once: adapters change a layer while it runs; set it to 1")
-        if self.micro_batches_at_once > 1 and self.compile and self.mixed_precision == "bf16":
-            # Casts hold a lock of torch's, and under it wait for Python, which whoever compiles has.
-            raise ValueError(
-                "micro_batches_at_once: casts to bf16 wait forever for who compiles; set it to 1, or one of compile: "
-                "false and mixed_precision: no"
-            )
         return self
 
     @model_validator(mode="after")

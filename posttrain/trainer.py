@@ -109,7 +109,7 @@ class Trainer:
         if at_once > 1:
             refuse_side_by_side(model, self.accelerator.device.type)
         self._side_by_side = SideBySide(at_once) if at_once > 1 else None
-        trained = trainable(model, config)
+        trained = trainable(model, config, self.accelerator.device.type)
         if place is not None:
             shards.make_alike(trained)
         self._rank, self._count = self.accelerator.process_index, self.accelerator.num_processes

@@ -95,6 +95,8 @@ def test_a_gpu_takes_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     status, text = run(monkeypatch, SMOKE, "--set", half, said=GPU)
     assert status == 0 and "devices: ok: Big, 80 GiB, compute capability 9.0, with bf16" in text
     assert "trainer on the GPU" in text and "precision: ok: bf16, trained on the GPU" in text
+    status, text = run(monkeypatch, SMOKE, "--set", half, said=CPU | {"amx": True})
+    assert status == 0 and "precision: ok: bf16, trained on the CPU" in text
     status, text = run(monkeypatch, SMOKE, "--set", half)
     assert status == 0 and "precision: limited: bf16" in text and "fusion.trainer.mixed_precision" in text
 
