@@ -23,8 +23,9 @@ class NoEstimate(Exception):
     """Says what is not known of a model or engine."""
 
 
-def kept_per_token(config: Any, width: int, longest: int) -> int:
-    """Of all layers and the last norm, for sequences of ``longest`` tokens at the most. ``width`` is w.
+def kept_per_token(config: Any, width: int, longest: int, attended: int) -> int:
+    """Of all layers and the last norm, for sequences of ``longest`` tokens at the most. ``width`` is w, ``attended``
+    that of attention of transformers (``posttrain.attention``).
 
     Raises NoEstimate for a config that does not say how wide its layers are."""
     if config.model_type == "longcat2":
@@ -36,19 +37,21 @@ def kept_per_token(config: Any, width: int, longest: int) -> int:
         return layers + ngrams + draft + _norm(hidden, width)
     text = config.get_text_config()
     try:
-        return text.num_hidden_layers * common_layer(text, width) + _norm(text.hidden_size, width)
+        return text.num_hidden_layers * common_layer(text, width, attended) + _norm(text.hidden_size, width)
     except (AttributeError, TypeError) as error:
         raise NoEstimate(
             f"a model of type {config.model_type} does not say how wide its layers are ({error})"
         ) from None
 
 
-def common_layer(c: Any, width: int) -> int:
+def common_layer(c: Any, width: int, attended: int) -> int:
     """A layer of the Llama and Qwen kind, by the names that transformers gives to its fields."""
     hidden, heads = c.hidden_size, c.num_attention_heads
     size = getattr(c, "head_dim", None) or hidden // heads
     queries, keys = heads * size, (getattr(c, "num_key_value_heads", None) or heads) * size
-    attention = width * (2 * queries + 2 * keys)
+    attention = attended * (2 * queries + 2 * keys)
+    if attended != width:  # what the map behind it is given
+        attention += width * queries
     if "qwen3" in c.model_type:  # norms of queries and keys; what they return is among the above
         attention += (FLOAT + width) * (queries + keys)
     chosen = getattr(c, "num_experts_per_tok", None)

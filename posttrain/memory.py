@@ -85,19 +85,16 @@ def trainer_memory(
     parts = {"weights": weights}
     if config.lora is None and not isinstance(loss, DistillLoss) and loss.kl:
         parts["reference"] = weights
-    kept = kept_per_token(model.config, width, longest)
+    kept = kept_per_token(model.config, width, longest, FLOAT if device == "cpu" else width)
     if config.activations != "keep":
         text = model.config.get_text_config()
         layers = text.num_hidden_layers
         kept = kept // layers + (layers * width * text.hidden_size if config.activations == "recompute" else 0)
     activations = tokens * kept
     if width < FLOAT and not isinstance(config.parallel, FsdpConfig):
-        # The copies that autocast makes. It keeps those of weights that are trained; another's lives as long as what
-        # the backward needs of its layer.
-        alone = config.lora is not None and config.activations != "keep"
-        activations += (
-            width * _linear_values(model) // (model.config.get_text_config().num_hidden_layers if alone else 1)
-        )
+        # The copies that autocast makes: each lives as long as what the backward needs of its layer.
+        at_once = 1 if config.activations == "keep" else model.config.get_text_config().num_hidden_layers
+        activations += width * _linear_values(model) // at_once
     vocabulary, hidden = _head_shape(model)
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from posttrain import memory
+from posttrain import attention, memory
 from posttrain.activations import NoEstimate, kept_per_token
 from posttrain.config import Config
 from posttrain.engine.cache import SlotCache
@@ -71,13 +71,14 @@ def test_side_by_side_each_has_activations_and_gradients_of_its_own(qwen: Pretra
 
 
 def test_what_autocast_copies(qwen: PretrainedModel, tmp_path: Path) -> None:
-    """All matrices and the head; of frozen ones those of one layer, where layers are computed again."""
+    """All matrices and the head; those of one layer, where layers are computed again."""
     Qwen3Config(**{**QWEN, "num_hidden_layers": 3}).save_pretrained(tmp_path)
     layers = 2 * (3 * MATRICES + TABLES // 2)
-    recomputed = {"mixed_precision": "bf16", "activations": "recompute", "tokens_per_micro_batch": 64}
-    kept = memory.kept_per_token(memory.blank(qwen).config, 2, 16) // 3 + 3 * 2 * HIDDEN
-    assert parts(qwen, **recomputed)["activations"] == 64 * kept + layers
-    assert parts(qwen, **recomputed, lora=LoraConfig(rank=2))["activations"] == 64 * kept + layers // 3
+    half: dict[str, Any] = {"mixed_precision": "bf16", "tokens_per_micro_batch": 64}
+    kept = memory.kept_per_token(memory.blank(qwen).config, 2, 16, 4)
+    assert parts(qwen, **half)["activations"] == 64 * kept + layers
+    again = kept // 3 + 3 * 2 * HIDDEN
+    assert parts(qwen, **half, activations="recompute")["activations"] == 64 * again + layers // 3
 
 
 def test_servers_by_hand(qwen: PretrainedModel) -> None:
@@ -216,16 +217,20 @@ def kept(model: torch.nn.Module, ids: torch.Tensor, half: bool) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("kind", ["qwen3", "longcat2"])
-def test_what_autograd_keeps(kind: str, half: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "half", "attended"),
+    [("qwen3", False, 4), ("qwen3", True, 4), ("qwen3", True, 2), ("longcat2", False, 4), ("longcat2", True, 4)],
+)
+def test_what_autograd_keeps(kind: str, half: bool, attended: int) -> None:
     torch.manual_seed(0)
     if kind == "qwen3":
         config: Any = Qwen3Config(**{**QWEN, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3})
         model = AutoModelForCausalLM.from_config(config).train()
+        if half and attended == 4:
+            attention.enable(model)
     else:
         config = Longcat2Config(**{**SHAPE, "num_layers": 3, "vocab_size": 128})
         model = Longcat2ForCausalLM(config).train()
     ids = torch.randint(3, 100, (4, 96))
-    ratio = ids.numel() * kept_per_token(config, 2 if half else 4, 96) / kept(model, ids, half)
+    ratio = ids.numel() * kept_per_token(config, 2 if half else 4, 96, attended) / kept(model, ids, half)
     assert 0.8 < ratio < 1.2
