@@ -56,9 +56,10 @@ from posttrain.types import Rollout, Sampling, Score, Segment, StopReason, Task
 OURS, OURS_COMPILED, OURS_BF16, OURS_SYNC = "ours", "ours, compiled", "ours, compiled, bf16", "ours, K = 0"
 TRL, TRL_BF16, TRL_ASYNC = "GRPOTrainer", "GRPOTrainer, bf16", "AsyncGRPOTrainer"
 TRL_BATCHING = "AsyncGRPOTrainer, batching worker"
-ONE, BOTH = (1,), (1, 2)
-THREADS = {TRL: BOTH, OURS: ONE, OURS_COMPILED: ONE, TRL_ASYNC: ONE, TRL_BATCHING: ONE, OURS_SYNC: BOTH}
-THREADS |= {TRL_BF16: BOTH, OURS_BF16: ONE}
+THREADS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys((TRL, TRL_BF16, OURS_SYNC), (1, 2)),
+    **dict.fromkeys((OURS, OURS_COMPILED, OURS_BF16, TRL_ASYNC, TRL_BATCHING), (1,)),
+}
 """That a computing process may have: the other ones leave a processor to their engine."""
 BAR, BAR_WITH_LATENCY, RATE, BETAS = 3.0, 2.0, 1e-4, (0.9, 0.95)
 TIMEOUT_S = 3600
@@ -379,10 +380,8 @@ def show(results: Mapping[tuple[str, str], Result], latencies: Sequence[str]) ->
         peers = (TRL, TRL_BF16) if latency == "0" else (TRL, TRL_BF16, TRL_ASYNC)
         best = max(peers, key=lambda t: results[latency, t].speed)
         mine = max((OURS, OURS_COMPILED, OURS_BF16, OURS_SYNC), key=lambda t: results[latency, t].speed)
-        ratio, bar = (
-            results[latency, mine].speed / results[latency, best].speed,
-            BAR_WITH_LATENCY if latency != "0" else BAR,
-        )
+        ratio = results[latency, mine].speed / results[latency, best].speed
+        bar = BAR if latency == "0" else BAR_WITH_LATENCY
         missed |= ratio < bar
         batching = results[latency, mine].speed / results[latency, TRL_BATCHING].speed
         console.print(f"latency {latency}: {mine} / {best} = {ratio:.2f} (bar {bar:g})")
