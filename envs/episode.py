@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -38,6 +39,8 @@ T = TypeVar("T")
 Scorer = Callable[[Rollout, float], Score]
 
 _KEEP = ContextConfig()
+_CLOSE_S = 120.0
+"""Bound on the end of a session, in seconds."""
 _SAME_CALLS = 4
 """The same call this often in one episode is a loop."""
 _STOP_OF: dict[Culprit, StopReason] = {
@@ -88,6 +91,8 @@ class _Asker:
     chat: Chat
     seed: int
     temperature: float
+    clock: asyncio.Timeout
+    """Of the episode."""
 
     async def __call__(self, state: _State, max_tokens: int) -> Completion:
         sampling = Sampling(
@@ -97,11 +102,26 @@ class _Asker:
             seed=self.seed + state.answers,
         )
         state.answers += 1
-        with waiting(f"the engine, turn {state.answers}"):
+        with waiting(f"the engine, turn {state.answers}"), _stopped(self.clock):
             completion = await self.engine.generate(state.ids, sampling)
         if completion.ids:
             state.add(Segment.from_completion(completion))
         return completion
+
+
+@contextmanager
+def _stopped(clock: asyncio.Timeout) -> Iterator[None]:
+    """The block takes none of the episode's time. How long the engine takes is the doing of its other requests, of new
+    weights and of its own health; it has a bound of its own, and what breaks it is no fault of the agent's."""
+    now, end = asyncio.get_running_loop().time, clock.when()
+    if end is None or clock.expired():  # and whoever was cancelled for it went on
+        raise TimeoutError
+    left = end - now()
+    clock.reschedule(None)
+    try:
+        yield
+    finally:
+        clock.reschedule(now() + left)
 
 
 async def run_episode(
@@ -119,7 +139,7 @@ async def run_episode(
     noise: Noise | None = None,
 ) -> Rollout:
     """Play ``task``. Never raises for what happens inside: a failure becomes the rollout's ``error`` and culprit."""
-    started = time.monotonic()
+    started, asked = time.monotonic(), task
     if noise is not None:
         task = noisy_prompt(task, noise)
     state = _State(messages=list(task.prompt))
@@ -130,13 +150,14 @@ async def run_episode(
         return Rollout(
             id=rollout_id,
             group=group,
-            task=task,
+            task=asked,
             branches=tuple(tuple(branch) for branch in state.branches) or ((),),
             messages=tuple(state.messages),
             stop=stop,
             error=error,
             parse_errors=tuple(state.parse_errors),
             tool_errors=state.tool_errors,
+            noise=0 if noise is None else noise.level,
             sandbox=getattr(session, "profile", ""),
             wall_s=time.monotonic() - started,
         )
@@ -147,8 +168,8 @@ async def run_episode(
         if noise is not None:
             session = NoisySession(session, task, noise)
         try:
-            async with asyncio.timeout(task.limits.timeout_s):
-                stop = await _converse(_Asker(engine, chat, seed, temperature), session, task, state, context)
+            async with asyncio.timeout(task.limits.timeout_s) as clock:
+                stop = await _converse(_Asker(engine, chat, seed, temperature, clock), session, task, state, context)
         except TimeoutError:
             stop = StopReason.AGENT_TIMEOUT
         if not state.sampled:
@@ -180,9 +201,14 @@ async def _within(task: Task, awaited: Awaitable[T], error: type[EpisodeError], 
 
 async def _close(session: Session, rollout_id: str) -> None:
     """Close, even if the caller is cancelled meanwhile. What the episode came to does not change by a failure here."""
+    closing = asyncio.ensure_future(session.close())
     try:
         with waiting("its session to close"), boundary(Culprit.WORLD):
-            await asyncio.shield(session.close())
+            done, _ = await asyncio.wait({closing}, timeout=_CLOSE_S)
+            if done:
+                await closing
+            else:
+                log.warning("%s: its session is not closed after %g s and is left to itself", rollout_id, _CLOSE_S)
     except (EpisodeError, ToolError) as error:
         log.warning("%s: its session could not be closed (%s: %s)", rollout_id, error.__class__.__name__, error)
 

@@ -120,13 +120,7 @@ def noisy_prompt(task: Task, noise: Noise) -> Task:
         task,
         prompt=(*task.prompt[:at], said, *task.prompt[at + 1 :]),
         limits=replace(task.limits, max_turns=task.limits.max_turns + extra),
-        data={**task.data, "noise": noise.level},
     )
-
-
-def noise_level(task: Task) -> int:
-    """The level at which ``noisy_prompt`` made ``task``; 0 for a clean one."""
-    return int(task.data.get("noise", 0))
 
 
 def _noisy_words(text: str, task: Task, noise: Noise, where: str) -> str:

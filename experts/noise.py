@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from envs.noise import Noise, NoiseConfig, NoiseScheduler, noise_level, noise_of
+from envs.noise import Noise, NoiseConfig, NoiseScheduler, noise_of
 from posttrain.groups import derive_seed
 from posttrain.types import Rollout
 
@@ -32,7 +32,7 @@ class GroupNoise:
         outcomes: dict[int, list[float]] = {}
         for rollout in rollouts:
             if rollout.score is not None and rollout.score.valid:
-                outcomes.setdefault(noise_level(rollout.task), []).append(rollout.score.outcome)
+                outcomes.setdefault(rollout.noise, []).append(rollout.score.outcome)
         clean, noisy = outcomes.get(0, []), outcomes.get(self.level, []) if self.level else []
         stats = {"noise/level": float(self.level)}
         for name, found in (("clean", clean), ("noisy", noisy)):

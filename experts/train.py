@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,11 +103,13 @@ async def run_stage(stage: Stage, run: RunDir, metrics: Metrics, progress: Progr
     Raises Paused, UserError for a rule that wants more roll backs than there may be, and EngineError if engines failed
     more often than there are restarts."""
     bar = progress.add_task(stage.name, total=stage.loop.steps)
-    restarts = 0
+    restarts, noise = 0, stage.player.noise
+    # Source and noise live longer than an engine: a new one before the first checkpoint begins as this one does.
+    begin = {"finished": [], "accepted": 0, "source": stage.source.state(), "noise": noise and noise.state_dict()}
     while True:  # a roll back counts itself in the checkpoint, and is refused when there were enough
         alarm = None
         try:
-            folder = await _train(stage, run, metrics, partial(progress.update, bar))
+            folder = await _train(stage, run, metrics, partial(progress.update, bar), begin)
             break
         except _RollBack as wanted:
             alarm = wanted.alarm
@@ -125,8 +128,10 @@ async def run_stage(stage: Stage, run: RunDir, metrics: Metrics, progress: Progr
     return folder
 
 
-async def _train(stage: Stage, run: RunDir, metrics: Metrics, show: Callable[..., None]) -> Path:
-    """From the last checkpoint to the end, or until a rule wants something else."""
+async def _train(
+    stage: Stage, run: RunDir, metrics: Metrics, show: Callable[..., None], begin: Mapping[str, Any]
+) -> Path:
+    """From the last checkpoint, or ``begin``, to the end, or until a rule wants something else."""
     folder = run.checkpoint(stage.name)
     torch.manual_seed(stage.seed)
     work = run.weights(stage.name)
@@ -134,7 +139,7 @@ async def _train(stage: Stage, run: RunDir, metrics: Metrics, show: Callable[...
     trainer = Trainer(load_any(stage.start, torch.float32), stage.trainer, stage.loss, stage.loop.steps, outlet)
     engine = None
     try:
-        steps = _Steps(stage, run, metrics, show, trainer)
+        steps = _Steps(stage, run, metrics, show, trainer, begin)
         engine = await start_engine(stage.engine, stage.start, work)
         await steps.take(engine)
     finally:
@@ -152,7 +157,13 @@ class _Steps:
     """What happens around the loop at every step: metrics, records, rules, checkpoints."""
 
     def __init__(
-        self, stage: Stage, run: RunDir, metrics: Metrics, show: Callable[..., None], trainer: Trainer
+        self,
+        stage: Stage,
+        run: RunDir,
+        metrics: Metrics,
+        show: Callable[..., None],
+        trainer: Trainer,
+        begin: Mapping[str, Any],
     ) -> None:
         self.stage, self.run, self.metrics, self.show, self.trainer = stage, run, metrics, show, trainer
         self.noise = stage.player.noise
@@ -161,9 +172,11 @@ class _Steps:
         worlds = [f"outcome/{world}" for world in named]
         self.watch = Watch(stage.watch, f"{stage.key}.watch", worlds)
         self.roll_backs = 0
-        self.state: dict[str, Any] = {"finished": [], "accepted": 0}
+        self.state = dict(begin)
         if self.path.exists():
             self._restore(torch.load(self.path, weights_only=True))
+        elif self.noise is not None:
+            self.noise.load_state_dict(begin["noise"])
         if _rolls_back(stage) and not self.good_path.exists():
             save_state(self._whole({**self.state, "trainer": trainer.state()}), self.good_path)
         show(completed=trainer.version)
@@ -206,7 +219,11 @@ class _Steps:
                 checkpoint=self.save,
             )
             self.loop.resume(self.state, [rollout_from_dict(r) for r in read_journal(journal_path)])
-            await self.loop.run()
+            try:
+                await self.loop.run()
+            except FloatingPointError as error:
+                self._not_finite(error)
+                raise
 
     def _remains(self, alarm: Mapping[str, Any]) -> bool:
         """Whether a recorded alarm is none of a step that will be taken again."""
@@ -250,6 +267,16 @@ class _Steps:
                 if self.roll_backs >= self.stage.watch.max_roll_backs:
                     raise UserError(_enough(self.stage, alarm, self.roll_backs))
                 raise _RollBack(alarm)
+
+    def _not_finite(self, error: FloatingPointError) -> None:
+        """A gradient with which no step can be taken, and which no number stands for: as every rule on its norm that
+        rolls back has it."""
+        for name, rule in self.stage.watch.rules.items():
+            if rule is not None and rule.metric == "grad_norm" and rule.do == "roll_back":
+                version, bound = self.trainer.version + 1, {"value": math.nan, "bound": math.nan, "steps": 1}
+                alarm = Alarm(rule=name, do=rule.do, version=version, new=True, text=str(error), **bound)
+                self._tell(alarm)
+                self._obey([alarm])
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the loop's state and ours, as the good checkpoint too if this is one."""

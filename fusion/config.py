@@ -126,6 +126,7 @@ class PipelineConfig(Config):
                 "true, which engine.type local has"
             )
         _taught(self)
+        _patient(self)
         if isinstance(self.engine, VllmEngineConfig):
             _served_by_vllm(self, self.engine)
         if self.model.type == "longcat2":
@@ -166,11 +167,26 @@ def _taught(config: PipelineConfig) -> None:
         )
 
 
+def _stages(config: PipelineConfig) -> dict[str, ExpertConfig | FusionConfig]:
+    """Key to a stage of RL."""
+    stages: dict[str, ExpertConfig | FusionConfig] = {f"experts.{name}": c for name, c in config.experts.items()}
+    general = {} if config.general is None else {"general": config.general}
+    return stages | {"fusion": config.fusion} | general
+
+
+def _patient(config: PipelineConfig) -> None:
+    """Raises ValueError, with the key, for a loop that gives up before an engine that does not answer is replaced."""
+    for key, stage in _stages(config).items():
+        if stage.loop.wait_s <= config.engine.timeout_s:
+            raise ValueError(
+                f"{key}.loop.wait_s: {stage.loop.wait_s:g} s end the stage before engine.timeout_s, "
+                f"{config.engine.timeout_s:g} s, tells that the engine does not answer; raise it, or lower that"
+            )
+
+
 def _served_by_vllm(config: PipelineConfig, engine: VllmEngineConfig) -> None:
     """Raises ValueError, with the key, for what vLLM cannot serve."""
-    stages = {f"experts.{name}": c for name, c in config.experts.items()} | {"fusion": config.fusion}
-    stages |= {"general": config.general} if config.general is not None else {}
-    for key, stage in stages.items():
+    for key, stage in _stages(config).items():
         loop, lora = stage.loop, stage.trainer.lora
         if (engine.weights == "lora") != (lora is not None):
             wanted = "needs adapters: set it" if lora is None else "is for engine.weights lora: set that, or drop it"

@@ -80,6 +80,11 @@ def index_of(rollout: Rollout) -> int:
     return int(rollout.id.rsplit("/", 1)[1].split(".")[0])
 
 
+def place_of(rollout: Rollout) -> tuple[int, int]:
+    """Number of its group, and its place there."""
+    return int(rollout.group.rsplit("/", 1)[1]), index_of(rollout)
+
+
 def attempt_of(rollout: Rollout) -> int:
     """Which attempt at its place it was, from 0."""
     return int(rollout.id.rsplit("/", 1)[1].partition(".")[2] or 0)

@@ -133,6 +133,7 @@ def rollout_to_dict(rollout: Rollout) -> dict[str, Any]:
         "error": None if rollout.error is None else [rollout.error.culprit.value, rollout.error.message],
         "parse_errors": list(rollout.parse_errors),
         "tool_errors": rollout.tool_errors,
+        "noise": rollout.noise,
         "sandbox": rollout.sandbox,
         "wall_s": rollout.wall_s,
     }
@@ -152,6 +153,7 @@ def rollout_from_dict(data: Mapping[str, Any]) -> Rollout:
         error=None if error is None else Failure(culprit=Culprit(error[0]), message=error[1]),
         parse_errors=tuple(data["parse_errors"]),
         tool_errors=data["tool_errors"],
+        noise=data.get("noise", 0),
         sandbox=data["sandbox"],
         wall_s=data["wall_s"],
     )

@@ -43,19 +43,21 @@ from posttrain.groups import (
     derive_seed,
     index_of,
     oldest_version,
+    place_of,
     spread,
 )
 from posttrain.journal import task_from_dict, task_to_dict
 from posttrain.protocols import Credit, Engine
 from posttrain.scheduler import Scheduler
 from posttrain.settings import LoopConfig
+from posttrain.threads import Beside
 from posttrain.trainer import Trainer
-from posttrain.types import Culprit, Rollout, Task
+from posttrain.types import Culprit, Rollout, Sample, Task
 
 log = logging.getLogger(__name__)
 
-_TELL_S = 5.0
-"""Between two records of who waits."""
+_LOG_S = 60.0
+"""At most, between two times that a wait of the trainer's is logged."""
 
 
 class Loop:
@@ -101,37 +103,50 @@ class Loop:
         self._playing: dict[int, asyncio.Task[None]] = {}
         self._arrived: list[Group] = []
         self._unseen: list[Group] = []
+        self._seen: set[int] = set()
+        """Groups from before a kill that the source was told of."""
         self._invalid_in_a_row = 0
         self._counts: dict[str, int] = dict.fromkeys(("stale", "evicted", "dropped_invalid", "filtered", "retries"), 0)
-        self._changed = asyncio.Condition()
+        self._changes = waits.Changes(config.wait_s)
+        self._training, self._judging = Beside("trainer"), Beside("credit")
+        self._rollout_at = self._group_at = time.monotonic()
+        """When a rollout came last; when there was news for the trainer: a group, a step, or one that had failed."""
 
     def resume(self, state: Mapping[str, Any], journalled: Sequence[Rollout]) -> None:
         """Continue from a checkpoint's state (see ``state``) and everything the journal holds."""
         self.finished = set(state["finished"])
         self.books.accepted = state["accepted"]
+        if "source" in state:
+            self.source.restore(state["source"])
         if "books" in state:
             self.books.restore(state["books"])
-            self.source.restore(state["source"])
             self._tasks = {int(n): task_from_dict(t) for n, t in state["tasks"].items()}
-        places = [((int(r.group.rsplit("/", 1)[1]), index_of(r)), r) for r in journalled]
-        places = [(place, r) for place, r in places if place[0] not in self.finished]
-        for (number, _), rollout in {place: r for place, r in places if r.valid}.items():
-            self.kept.setdefault(number, []).append(rollout)
+            self._seen = set(state["seen"])
+            self._counts |= state["counts"]
+        for rollout in {place_of(r): r for r in journalled if r.valid}.values():
+            number, _ = place_of(rollout)
+            if number not in self.finished:
+                self.kept.setdefault(number, []).append(rollout)
+            elif number in self.books.spent:
+                again = Group(number=number, task=rollout.task, version=self.books.spent[number].version)
+                self.groups.setdefault(number, again).rollouts.append(rollout)
         if self.config.max_staleness:  # else a batch that was cut short comes out as it was, names and all
-            for (number, index), rollout in places:
-                self._attempts[number][index] = max(self._attempts[number][index], attempt_of(rollout) + 1)
+            for (number, index), rollout in [(place_of(r), r) for r in journalled]:
+                if number not in self.finished:
+                    self._attempts[number][index] = max(self._attempts[number][index], attempt_of(rollout) + 1)
 
     def state(self) -> dict[str, Any]:
         """For ``resume``, taken between two steps; the trainer's is in it."""
-        trained = self.trainer.version * self.config.groups_per_step
         self._tell_source()
         open_groups = {n: g.task for n, g in self.groups.items() if n not in self.finished} | self._tasks
         return {
             "finished": sorted(self.finished),
-            "accepted": trained,
+            "accepted": self.trainer.version * self.config.groups_per_step,
             "books": self.books.state(),
             "source": self.source.state(),
             "tasks": {str(n): task_to_dict(t) for n, t in sorted(open_groups.items())},
+            "seen": sorted(self._seen | {*self.books.shelf}),
+            "counts": dict(self._counts),
             "trainer": self.trainer.state(),
         }
 
@@ -141,9 +156,14 @@ class Loop:
             return
         await self._load()
         try:
+            for group in self.groups.values():  # of before a kill, to be trained once more
+                group.rollouts.sort(key=lambda r: r.id)
+                group.samples = await self._credit(group.number, group.rollouts)
             async with asyncio.TaskGroup() as tasks:
-                helpers = [tasks.create_task(x) for x in (self._produce(tasks), self._collect(), self._tell())]
-                with waits.acting(f"{self.name}: learn"):
+                who, every = f"{self.name}: learn", min(_LOG_S, self.config.wait_s / 10)
+                telling = waits.telling(self.waits_file, self._queues, who, every)
+                helpers = [tasks.create_task(x) for x in (self._produce(tasks), self._collect(), telling)]
+                with waits.acting(who):
                     await self._learn()
                 for helper in [*helpers, *self._playing.values()]:
                     helper.cancel()
@@ -152,22 +172,20 @@ class Loop:
             for other in others:
                 log.error("%s: then also %s: %s", self.name, type(other).__name__, other)
             raise first from None
+        finally:
+            self._training.close()
+            self._judging.close()
 
-    async def _until(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
+    async def _until(self, ready: Callable[[], bool], what: Callable[[], str], moved: Callable[[], float]) -> None:
         """Wait until ``ready()``; bounded and named."""
         try:
-            with waits.waiting(what()):
-                async with asyncio.timeout(self.config.wait_s), self._changed:
-                    await self._changed.wait_for(ready)
+            await self._changes.until(ready, what, moved)
         except TimeoutError as error:
             found = waits.text(waits.snapshot(self._queues()), time.time())
-            raise TimeoutError(
-                f"{self.name}: waited {self.config.wait_s:g} s for {what()} at version {self.trainer.version}: {found}"
-            ) from error
+            raise TimeoutError(f"{self.name}: {error} at version {self.trainer.version}: {found}") from error
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _moved(self) -> float:
+        return max(self._rollout_at, self._group_at)
 
     def _queues(self) -> dict[str, float]:
         books = self.books
@@ -179,26 +197,10 @@ class Loop:
             "free slots": books.slots(),
         }
 
-    async def _tell(self) -> None:
-        """Write down who waits; log it at each tenth of the bound that the trainer has waited for."""
-        told = 0.0
-        while True:
-            await asyncio.sleep(min(_TELL_S, self.config.wait_s / 10))
-            if self.waits_file is not None:
-                await asyncio.to_thread(waits.write, self.waits_file, self._queues())
-            found = waits.snapshot(self._queues())
-            mine = [w for w in found["waits"] if w["who"] == f"{self.name}: learn"]
-            waited = found["time"] - mine[0]["since"] if mine else 0.0
-            if waited < told:
-                told = 0.0
-            if waited - told > self.config.wait_s / 10:
-                told = waited
-                log.warning("%s: nothing to train on for %.0f s; %s", self.name, waited, waits.text(found, time.time()))
-
     async def _produce(self, tasks: asyncio.TaskGroup) -> None:
         with waits.acting(f"{self.name}: produce"):
             while True:
-                await self._until(lambda: self.books.slots() > 0, lambda: "an admission slot")
+                await self._until(lambda: self.books.slots() > 0, lambda: "an admission slot", self._moved)
                 self._tell_source()
                 batch = [self._claim() for _ in range(self.books.slots())]
                 if isinstance(self.engine, Lockstep) and any(len(g.kept) < self._size(g.task) for g in batch):
@@ -255,7 +257,7 @@ class Loop:
         group.rollouts = sorted([*group.kept, *(m.result() for m in made)], key=lambda r: r.id)
         self._arrived.append(group)
         del self._playing[group.number]
-        await self._notify()
+        await self._changes.tell()
 
     async def _one(self, engine: Engine, group: Group, index: int) -> Rollout:
         name, attempts = f"{self.name}/{group.number}", self._attempts[group.number]
@@ -269,8 +271,10 @@ class Loop:
                 with waits.acting(rollout_id):
                     rollout = await self.run_rollout(engine, group.task, rollout_id, name, seed)
                 self.journal.write(rollout)
+                self._rollout_at = time.monotonic()
                 if rollout.valid:
                     break
+                self._group_at = self._rollout_at
                 self._counts["retries"] += 1
                 log.warning("%s: %s (%s)", rollout_id, rollout.stop, rollout.error and rollout.error.message)
                 if tried + 1 < self.config.attempts:
@@ -288,14 +292,17 @@ class Loop:
     async def _collect(self) -> None:
         with waits.acting(f"{self.name}: collect"):
             while True:
-                await self._until(lambda: bool(self._arrived), lambda: "a finished group")
+                await self._until(lambda: bool(self._arrived), lambda: "a finished group", self._moved)
                 group = self._arrived[0]
-                await self._judge(group, [r for r in group.rollouts if r.valid])
+                again = group.number in self._seen and len(group.kept) == len(group.rollouts)
+                await self._judge(group, [r for r in group.rollouts if r.valid], again)
                 self._arrived.remove(group)
-                self._unseen.append(group)
-                await self._notify()
+                self._seen.discard(group.number)
+                if not again:
+                    self._unseen.append(group)
+                await self._changes.tell()
 
-    async def _judge(self, group: Group, valid: Sequence[Rollout]) -> None:
+    async def _judge(self, group: Group, valid: Sequence[Rollout], again: bool) -> None:
         if len(valid) < max(1, self._size(group.task) // 2):
             self._drop(group.number, "dropped_invalid")
             self._invalid_in_a_row += 1
@@ -303,12 +310,16 @@ class Loop:
                 raise RuntimeError(breaker(self.name, group, self._invalid_in_a_row))
             return
         self._invalid_in_a_row = 0
-        with waits.waiting(f"the credit of group {group.number}"):
-            group.samples = await asyncio.to_thread(self.credit, valid)
+        group.samples = await self._credit(group.number, valid)
         if self.config.filter_silent and not group.samples:
             self._drop(group.number, "filtered")
         else:
-            self.books.shelve(group.number)
+            self.books.shelve(group.number, again)
+            self._group_at = time.monotonic()
+
+    async def _credit(self, number: int, valid: Sequence[Rollout]) -> list[Sample]:
+        with waits.waiting(f"the credit of group {number}"):
+            return await self._judging.run(self.credit, valid, patience_s=self.config.wait_s)
 
     def _drop(self, number: int, why: str) -> None:
         self.books.drop(number)
@@ -324,16 +335,19 @@ class Loop:
         c = self.config
         while self.trainer.version < c.steps:
             started = time.monotonic()
-            await self._until(self.books.ready, self._wanted)
+            await self._until(self.books.ready, self._wanted, lambda: self._group_at)
             batch, staleness = self._take()
+            await self._changes.tell()  # what was evicted may start again, while this step goes on
             waited = time.monotonic() - started
             samples = [s for g in batch for s in g.samples]
             rollouts = sum(r.valid for g in batch for r in g.rollouts)
             with waits.waiting(f"a trainer step on {len(samples)} samples"):
-                stats = await asyncio.to_thread(self.trainer.step, samples, rollouts)
+                stats = await self._training.run(self.trainer.step, samples, rollouts, patience_s=c.wait_s)
+            self._group_at = time.monotonic()
             stepped = time.monotonic() - started - waited
             self.trainer.version += 1
             await self._load()
+            self._group_at = time.monotonic()
             stats |= spread(staleness) | {
                 "time/wait_s": waited,
                 "time/step_s": stepped,
@@ -342,7 +356,7 @@ class Loop:
             self.on_step(self.trainer.version, stats | {k: float(v) for k, v in self._counts.items()}, batch)
             if self.trainer.version % c.checkpoint_every == 0 or self.trainer.version == c.steps:
                 self.checkpoint(self.state())
-            await self._notify()
+            await self._changes.tell()
 
     def _wanted(self) -> str:
         """What the trainer waits for."""

@@ -160,7 +160,9 @@ def policy_terms(tokens: Tokens, config: PolicyLossConfig) -> Terms:
         stats["kl_reference"] = _k3(tokens.reference_N, pi_N.detach()).sum().item()
     if config.entropy:
         terms_N = terms_N - config.entropy * tokens.entropy_N
-    return Terms(terms_N, flat_N | ~keep_N, {**stats, **{f"{config.type}/{k}": value for k, value in own.items()}})
+    gated_N = flat_N | ~keep_N
+    stats |= {"gated": gated_N.sum().item(), **{f"{config.type}/{k}": value for k, value in own.items()}}
+    return Terms(terms_N, gated_N, stats)
 
 
 def distill_terms(tokens: Tokens, config: DistillLoss) -> Terms:

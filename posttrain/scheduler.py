@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from posttrain.settings import LoopConfig
@@ -116,12 +116,13 @@ class Scheduler:
         """One of its rollouts is there."""
         self.running[number].running -= 1
 
-    def shelve(self, number: int) -> None:
-        """The group can be trained on."""
+    def shelve(self, number: int, again: bool = False) -> None:
+        """The group can be trained on. ``again``: it could before a kill, which the books know."""
         ticket = self.running.pop(number)
         self.shelf[number] = ticket
         self.accepted += 1
-        self._learn(ticket.world, 1.0)
+        if not again:
+            self._learn(ticket.world, 1.0)
 
     def drop(self, number: int, useless: bool = True) -> None:
         """The group is of no use, or given up; another one may start in its place."""
@@ -250,12 +251,14 @@ class Scheduler:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside the journal."""
-        return {"trained": dict(self.trained), "useful": dict(self.useful)}
+        spent = [asdict(t) for _, t in sorted(self.spent.items())]
+        return {"trained": dict(self.trained), "useful": dict(self.useful), "spent": spent}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
         self.trained = Counter(state["trained"])
         self.useful |= {w: u for w, u in state["useful"].items() if w in self.useful}
+        self.spent = {t["number"]: Ticket(**t) for t in state["spent"]} if self.config.reuse else {}
 
 
 def _age_order(ticket: Ticket) -> tuple[int, int]:

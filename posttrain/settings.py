@@ -336,5 +336,11 @@ class LoopConfig(Config):
     """Worthless groups in a row after which the run stops."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 5
     """Versions between two checkpoints."""
-    wait_s: Annotated[float, Field(gt=0)] = 600.0
-    """Bound on every wait, in seconds."""
+    wait_s: Annotated[float, Field(gt=0)] = 1200.0
+    """Bound on every wait in which nothing moves, in seconds: more than a step, an episode, ``engine.timeout_s``."""
+
+    @model_validator(mode="after")
+    def _has_earlier_batches(self) -> LoopConfig:
+        if self.reuse and not self.max_staleness:
+            raise ValueError("reuse: with max_staleness 0 groups of earlier batches are too old; set it to 0")
+        return self

@@ -84,7 +84,8 @@ class Limits:
     max_tokens: int = 64
     """Tokens sampled a turn."""
     timeout_s: float = 60.0
-    """Wall clock of the whole episode, in seconds."""
+    """Seconds of the whole conversation, without those that the engine takes, which has a bound of its own
+    (``engine.timeout_s``); as many for the session to begin, and for the grader."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +234,7 @@ class Rollout:
     group: str
     """All rollouts of one prompt share it."""
     task: Task
-    """What was asked."""
+    """What was asked, as the world has it."""
     branches: tuple[tuple[Segment, ...], ...]
     """Each branch is one token sequence; rewriting history opens another."""
     messages: tuple[Message, ...]
@@ -248,6 +249,8 @@ class Rollout:
     """Names of the errors made by malformed tool calls, one an assistant turn at most."""
     tool_errors: int = 0
     """Calls that a tool answered with an error."""
+    noise: int = 0
+    """Level of the noise on what the user said and tools answered; 0 for none."""
     sandbox: str = ""
     """How the code it ran was isolated, in the sandbox's own words; empty if none ran."""
     wall_s: float = 0.0

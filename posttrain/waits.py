@@ -2,30 +2,48 @@
 
 Each wait is named where it happens (``waiting``), under the name of what waits: a coroutine of the loop, or a rollout.
 ``snapshot`` is what ``posttrain why`` shows of another process; the loop writes it beside the run, and logs it unasked
-when the trainer has had nothing to do for long. A stage that ends as it should takes its record away (``forget``).
+when the trainer has waited for long. A stage that ends as it should takes its record away (``forget``).
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.files import write_json
 
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Wait:
+    """That somebody waits."""
+
+    who: str
+    what: str
+    """May be said anew while the wait lasts."""
+    since: float
+    """Second of ``time.time``."""
+
+
 _who: ContextVar[str] = ContextVar("who", default="")
 _keys = itertools.count()
-_open: dict[int, tuple[str, str, float]] = {}
-"""Key of a wait to who, what, and the second of ``time.time`` at which it began."""
+_open: dict[int, Wait] = {}
 
+_TELL_S = 5.0
+"""Between two records of who waits."""
 _LONGEST = 100
 """Characters that are kept of a name: the model chooses those of tools."""
 _SILENT_S = 30.0
@@ -43,28 +61,71 @@ def acting(who: str) -> Iterator[None]:
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
+def waiting(what: str) -> Iterator[Wait]:
     """The block waits for ``what``, or does work that takes time."""
     key = next(_keys)
-    _open[key] = _who.get(), what, time.time()
+    _open[key] = wait = Wait(_who.get(), what, time.time())
     try:
-        yield
+        yield wait
     finally:
         del _open[key]
+
+
+class Changes:
+    """Who waits for a change is woken by ``tell``. Waits are named, and bounded by a time in which nothing moves."""
+
+    def __init__(self, bound_s: float) -> None:
+        self._bound_s, self._condition = bound_s, asyncio.Condition()
+
+    async def tell(self) -> None:
+        """Something has changed."""
+        async with self._condition:
+            self._condition.notify_all()
+
+    async def until(self, ready: Callable[[], bool], what: Callable[[], str], moved: Callable[[], float]) -> None:
+        """Wait until ``ready()``, for what ``what()`` says after each change. TimeoutError when the bound has passed
+        since this began and since ``moved()``, a second of ``time.monotonic``."""
+        began = time.monotonic()
+        with waiting(what()) as wait:
+            async with self._condition:
+                while not ready():
+                    wait.what = what()
+                    left = max(began, moved()) + self._bound_s - time.monotonic()
+                    if left <= 0:
+                        raise TimeoutError(f"waited {time.monotonic() - began:.1f} s for {wait.what}")
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(left):
+                            await self._condition.wait()
 
 
 def snapshot(queues: Mapping[str, float] | None = None) -> dict[str, Any]:
     """All waits, the longest first, and the queues' depths. May be called from any thread."""
     found = list(_open.values())  # in one piece: others go on meanwhile
-    waits = [{"who": _shown(who), "what": _shown(what), "since": since} for who, what, since in found]
+    waits = [{"who": _shown(w.who), "what": _shown(w.what), "since": w.since} for w in found]
     waits.sort(key=lambda w: (w["since"], w["who"]))
     process = {"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node()}
     return {"process": process, "time": time.time(), "queues": dict(queues or {}), "waits": waits}
 
 
-def write(path: Path, queues: Mapping[str, float]) -> None:
+def write(path: Path, found: Mapping[str, Any]) -> None:
     """Put a snapshot where another process can read it: whole, or the one before."""
-    write_json(path, snapshot(queues))
+    write_json(path, found)
+
+
+async def telling(path: Path | None, queues: Callable[[], Mapping[str, float]], who: str, every_s: float) -> None:
+    """Without end: write down who waits, and log it again and again while a wait of ``who`` lasts, whatever for."""
+    told, since = 0.0, 0.0
+    while True:
+        await asyncio.sleep(min(_TELL_S, every_s))
+        found = snapshot(queues())
+        if path is not None:
+            await asyncio.to_thread(write, path, found)
+        for wait in [w for w in found["waits"] if w["who"] == who]:
+            told, since = (told if wait["since"] == since else 0.0), wait["since"]
+            waited = found["time"] - since
+            if waited - told > every_s:
+                told = waited
+                log.warning("%s waits %.0f s for %s; %s", who, waited, wait["what"], text(found, time.time()))
 
 
 def forget(path: Path) -> None:

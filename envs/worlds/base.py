@@ -42,7 +42,7 @@ class WorldOptions(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     """Tokens sampled a turn, thinking included; null: what the demonstrations need."""
     episode_s: float | None = Field(default=None, gt=0.0)
-    """Wall clock of an episode, in seconds; null: the world's own."""
+    """Seconds of an episode, without the engine's; null: the world's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
+import os
+import socket
+import struct
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +36,7 @@ class LocalEngine:
         self._resident: tuple[int, ...] = (0,)
         self._closed = False
         self._end = "the engine is closed"
+        _bound(pipe.fileno(), timeout_s)
         asyncio.get_running_loop().add_reader(pipe.fileno(), self._receive)
 
     @classmethod
@@ -173,6 +177,9 @@ class LocalEngine:
         self._closed = True
         self._pipe.close()
         self._process.join(5)  # it has closed its end, so it is about to be gone
+        if self._process.is_alive():  # it does not read, or stopped in the middle of an answer
+            self._process.kill()
+            self._process.join(5)
         self._end = f"the engine process died with exit code {self._process.exitcode}; its last words are on stderr"
         self._fail(self._end)
 
@@ -181,3 +188,12 @@ class LocalEngine:
             if not future.done():
                 future.set_exception(EngineError(text))
                 future.exception()  # marked as seen: a caller that was cancelled will not fetch it
+
+
+def _bound(pipe: int, seconds: float) -> None:
+    """A message that the other end leaves half written, or does not fetch, is an OSError after so long. Else a process
+    that is stopped would stop this one's event loop, and with it all bounds."""
+    duration = struct.pack("ll", int(seconds), max(1, int(seconds % 1 * 1e6)))
+    with socket.socket(fileno=os.dup(pipe)) as end:
+        for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, way, duration)

@@ -230,10 +230,56 @@ def test_no_room_for_another_answer_is_an_overflow() -> None:
     assert rollout.messages[-1].role == "tool"
 
 
-@pytest.mark.parametrize("turns", [[""], [lambda: asyncio.sleep(60)]], ids=["no room", "no answer in time"])
-def test_without_a_sampled_token_there_was_no_model_call(turns: list[Any]) -> None:
+def test_the_engine_s_time_is_not_the_episode_s() -> None:
+    """Each answer takes longer than the whole episode may: new weights, other requests, a new server."""
+
+    class Slow(Script):
+        async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
+            await asyncio.sleep(0.6)
+            return await super().generate(ids, sampling)
+
+    rollout = play(Slow([call("what"), f"done{EOS}"]), Toy(), task(limits=replace(LIMITS, timeout_s=0.5)))
+    assert (rollout.stop, rollout.valid, len(rollout.messages)) == (StopReason.SCORED, True, 4)
+
+
+def test_time_of_tools_adds_up_over_the_turns() -> None:
+    """Three calls of 0.4 s in an episode of 1 s: the third does not end."""
+
+    class Slow(Toy):
+        async def call(self, call: ToolCall) -> str:
+            await asyncio.sleep(0.4)
+            return await super().call(call)
+
+    world = Slow()
+    turns = [call("what"), call("go"), call("no"), f"done{EOS}"]
+    rollout = play(Script(turns), world, task(limits=replace(LIMITS, timeout_s=1.0)))
+    assert (rollout.stop, rollout.valid) == (StopReason.AGENT_TIMEOUT, True)
+    assert len(world.calls) <= 2 and len(world.graded) == 1
+
+
+def test_an_engine_that_fails_late_is_the_engine_s_fault() -> None:
+    async def late() -> None:
+        await asyncio.sleep(0.2)
+        raise EngineError("waited 0.2 s for a completion")
+
     world = Toy()
-    rollout = play(Script(turns), world, task(limits=replace(LIMITS, timeout_s=0.05)))
+    rollout = play(Script([call("what"), late]), world, task(limits=replace(LIMITS, timeout_s=0.1)))
+    assert (rollout.stop, rollout.score) == (StopReason.MODEL_API, None)
+    assert rollout.error is not None and rollout.error.culprit is Culprit.ENGINE and world.graded == []
+
+
+def test_a_session_that_does_not_close_is_left_to_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("envs.episode._CLOSE_S", 0.1)
+    rollout = play(Script([call("what"), f"done{EOS}"]), Toy(hangs="close"))
+    assert (rollout.stop, rollout.valid) == (StopReason.SCORED, True)
+    assert "s/1/2: its session is not closed after 0.1 s and is left to itself" in caplog.text
+
+
+def test_without_a_sampled_token_there_was_no_model_call() -> None:
+    world = Toy()
+    rollout = play(Script([""]), world)
     assert (rollout.stop, rollout.score, rollout.valid) == (StopReason.NO_MODEL_CALL, None, False)
     assert world.graded == []
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from envs.noise import NoiseConfig, noise_level
+from envs.noise import NoiseConfig
 from experts.noise import GroupNoise
 from posttrain.types import Rollout, Score
-from tests.envs.test_episode import EOS, Script, Toy, call, play
+from tests.envs.test_episode import EOS, Script, Toy, call, play, task
 from tests.posttrain.small import rollout
 
 CONFIG = NoiseConfig(share=0.5, gap=0.1, patience=2, window=4, tool=("wording",), instruction=("redundancy",))
@@ -30,9 +30,7 @@ def test_half_of_a_group_is_noisy_and_a_second_attempt_keeps_its_noise() -> None
 
 
 def scored(level: int, outcome: float) -> Rollout:
-    made = rollout("s/0/0")
-    data = {**made.task.data, **({"noise": level} if level else {})}
-    return replace(made, task=replace(made.task, data=data), score=Score(value=0.0, outcome=outcome))
+    return replace(rollout("s/0/0"), noise=level, score=Score(value=0.0, outcome=outcome))
 
 
 def test_the_level_rises_as_the_gap_closes() -> None:
@@ -61,7 +59,8 @@ def test_an_episode_is_played_with_its_noise() -> None:
         assert drawn is not None
         engine = Script([call("what"), f"done{EOS}", f"done{EOS}"])
         played = play(engine, Toy(), noise=drawn)
-        assert noise_level(played.task) == 3 and played.score is not None and played.score.outcome == 0.75
+        assert (played.noise, played.task) == (3, task()), "the task as the world has it"
+        assert played.score is not None and played.score.outcome == 0.75
         assert played.messages[0].content.endswith("go")
         heard |= {played.messages[0].content, played.messages[2].content}
     assert len(heard) > 6 and any("again" in text for text in heard) and "added what" in heard

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from envs.worlds import RequestsConfig, make_world
+from experts.credit import GroupCredit, GroupCreditConfig
 from experts.rollouts import Player
 from experts.train import Stage, rolled_back
 from fusion.report import write_report
@@ -27,7 +29,7 @@ from posttrain.files import save_state
 from posttrain.journal import read_journal
 from posttrain.run import RunDir
 from posttrain.settings import TrainerConfig
-from posttrain.types import Rollout, Score
+from posttrain.types import Rollout, Sample, Score
 from posttrain.watch import Paused
 from posttrain.watch_settings import RULES, Rule, WatchConfig
 from tests.toy_stage import toy_stage, train
@@ -186,6 +188,29 @@ def test_a_roll_back_ends_with_the_good_weights_and_goes_on(bench: Bench) -> Non
     save_state(rolled_back(state(by_hand), BROKEN, 2, 0.5), by_hand.checkpoint("expert-toy") / "state.pt")
     bench.run("by_hand", bench.stage(WatchConfig()))
     assert differing(state(run)["trainer"]["model"], state(by_hand)["trainer"]["model"]) == set()
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_ends_the_stage_or_is_rolled_back(bench: Bench) -> None:
+    """Group 8, of step 5, has an advantage that is no number. The checkpoint of version 4 is the good one."""
+
+    def credit(group: Sequence[Rollout]) -> list[Sample]:
+        samples = GroupCredit(GroupCreditConfig())(group)
+        if not group[0].group.endswith("/8"):
+            return samples
+        return [replace(s, advantages=tuple(a * math.nan for a in s.advantages)) for s in samples]
+
+    def stage(watch: WatchConfig) -> Stage:
+        return replace(bench.stage(watch, broken=range(0)), credit=credit)
+
+    with pytest.raises(FloatingPointError, match=r"nan at version 4: lower trainer\.lr"):
+        bench.run("not_finite", stage(WatchConfig()))
+    back = WatchConfig.model_validate({"rules": {"gradient": {"do": "roll_back"}}})
+    run = bench.run("not_finite_back", stage(back))
+    (alarm,) = [a for a in alarms(run) if a["rule"] == "gradient"]
+    assert (alarm["version"], alarm["text"]) == (5, "gradient norm is nan at version 4: lower trainer.lr")
+    assert trained(run) == {v: [2 * v - 2, 2 * v - 1] if v <= 4 else [2 * v, 2 * v + 1] for v in range(1, STEPS + 1)}
+    assert state(run)["roll_backs"] == 1
 
 
 @pytest.mark.slow

@@ -32,6 +32,15 @@ def topk(**estimator: object) -> str:
 
 
 REFUSED = {
+    "a loop that ends before its engine is replaced": (
+        ["experts.agent.loop.wait_s=300"],
+        "experts.agent.loop.wait_s: 300 s end the stage before engine.timeout_s, 300 s, tells that the engine does not "
+        "answer; raise it, or lower that",
+    ),
+    "earlier batches that are too old": (
+        ["experts.agent.loop.reuse=0.5", "experts.agent.loop.max_staleness=0"],
+        "reuse: with max_staleness 0 groups of earlier batches are too old; set it to 0",
+    ),
     "too few servers": (
         [served()],
         "fusion.teachers.engine.replicas: there is one server a teacher; set it to 3",

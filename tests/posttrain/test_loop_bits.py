@@ -16,14 +16,15 @@ from torch import Tensor
 from experts.credit import GroupCredit, GroupCreditConfig
 from posttrain.engine.local import LocalEngine
 from posttrain.files import save_state
+from posttrain.groups import derive_seed
 from posttrain.journal import rollout_from_dict, rollout_to_dict
 from posttrain.loop import Loop
 from posttrain.protocols import Engine
 from posttrain.settings import LoopConfig
-from posttrain.types import Completion, Rollout, Sampling, Score, Segment, StopReason, Task
+from posttrain.types import Completion, Rollout, Sample, Sampling, Score, Segment, StopReason, Task
 from tests.model.longcat2_tiny import tiny
 from tests.posttrain.counting import Source
-from tests.posttrain.small import InProcessEngine, copies, differing, make_trainer
+from tests.posttrain.small import TASK, InProcessEngine, copies, differing, make_trainer
 
 CONFIG = LoopConfig(
     steps=4, groups_per_step=2, group_size=3, max_staleness=0, checkpoint_every=2, wait_s=60.0, max_running=2
@@ -84,11 +85,7 @@ class Life:
             if self.slow:
                 await asyncio.sleep(random.random() * self.slow)
             segments.append(Segment.given((7, 8)))
-        score = Score(value=value([i for s in segments[1::2] for i in s.ids]))
-        return Rollout(
-            id=rollout_id, group=group, task=task, branches=(tuple(segments),), messages=(), stop=StopReason.SCORED,
-            score=score,
-        )  # fmt: skip
+        return finished(rollout_id, segments, task)
 
     def live(
         self, start: Start, state: Mapping[str, Any] | None = None, past: Sequence[Rollout] = ()
@@ -124,7 +121,57 @@ class Life:
         return copies(trainer.base)
 
 
+async def by_hand(start: Start, folder: Path) -> dict[str, Tensor]:
+    """The same training without a loop or an episode: turn by turn all who still play ask together, in the order of
+    their seeds; then credit, a step, and the engine has the weights."""
+    trainer, credit = make_trainer(steps=CONFIG.steps, lr=3e-2), GroupCredit(GroupCreditConfig())
+    engine = await start(folder)
+    try:
+        for step in range(CONFIG.steps):
+            await engine.load(trainer.publish())
+            numbers = [CONFIG.groups_per_step * step + i for i in range(CONFIG.groups_per_step)]
+            said = {f"s/{n}/{i}": [Segment.given((3, 4, 5 + n))] for n in numbers for i in range(CONFIG.group_size)}
+            seeds = {name: derive_seed(5, name) for name in said}
+            for turn in range(3):
+                asking = sorted((name for name in said if turn < 2 or seeds[name] % 3), key=lambda name: seeds[name])
+                requests = [
+                    engine.generate(
+                        [i for s in said[name] for i in s.ids],
+                        Sampling(max_tokens=6, stop_ids=(2,), seed=seeds[name] + turn),
+                    )
+                    for name in asking
+                ]
+                for name, done in zip(asking, await asyncio.gather(*requests), strict=True):
+                    said[name] += [Segment.from_completion(done), Segment.given((7, 8))]
+            samples: list[Sample] = []
+            for n in numbers:
+                group = [finished(f"s/{n}/{i}", said[f"s/{n}/{i}"]) for i in range(CONFIG.group_size)]
+                samples += credit(group)
+            trainer.step(samples, len(said))
+            trainer.version += 1
+    finally:
+        await engine.close()
+        trainer.close()
+    return copies(trainer.base)
+
+
+def finished(name: str, segments: Sequence[Segment], task: Task = TASK) -> Rollout:
+    """A rollout and its score."""
+    score = Score(value=value([i for s in segments[1::2] for i in s.ids]))
+    group = name.rpartition("/")[0]
+    return Rollout(
+        id=name, group=group, task=task, branches=(tuple(segments),), messages=(), stop=StopReason.SCORED, score=score
+    )
+
+
 ENGINES = [pytest.param(in_process, id="in process"), pytest.param(own_process, id="local", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("start", ENGINES)
+def test_it_is_a_plain_synchronous_training(start: Start, folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    expected = asyncio.run(by_hand(start, folder))
+    assert differing(expected, Life(folder, tmp_path / "state.pt", slow=0.003).live(start)) == set()
 
 
 @pytest.mark.parametrize("start", ENGINES)

@@ -58,7 +58,7 @@ def test_dppo_by_default_is_guarded_and_pulled() -> None:
     _, gradient, stats = learn(DppoLoss(constant_length=1), given)
     assert gradient == pytest.approx([-1.25 + 0.002 * math.log(1.25), 0.002 * math.log(1.75), 0, 0])
     assert gradient[2:] == [0, 0]
-    assert (stats["token_masked"], stats["dppo/masked"]) == (2, 1)
+    assert (stats["token_masked"], stats["dppo/masked"], stats["gated"]) == (2, 1, 3)
 
 
 def test_clipped_six_tokens() -> None:
@@ -109,7 +109,7 @@ def test_grpo_four_tokens() -> None:
     assert total == pytest.approx(-(1.2 * 2 + 0.5 * 2 - 0.8 - 5.0))
     assert gradient == pytest.approx([0, -1.0, 0, 5.0])
     assert gradient[0] == gradient[2] == 0
-    assert stats["grpo/clipped"] == 2
+    assert stats["grpo/clipped"] == stats["gated"] == 2
 
 
 GSPO = GspoLoss(clip_low=0.2, clip_high=0.3, reduction="response")
@@ -158,7 +158,7 @@ def test_cispo_keeps_the_gradient_of_every_token() -> None:
     ratios, advantages = numbers(0.1, 1.0, 4.0, 50.0), numbers(1, -1, -2, 1)
     _, gradient, stats = learn(CispoLoss(**BARE), at_ratios(ratios, advantages))
     assert gradient == pytest.approx([-0.1, 1.0, 8.0, -5.0])
-    assert stats["cispo/capped"] == 1
+    assert (stats["cispo/capped"], stats["gated"]) == (1, 0)
 
 
 # Corrections: all of them with pi = prox, so that only prox/mu is away from 1

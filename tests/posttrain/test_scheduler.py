@@ -41,7 +41,7 @@ class Schedules(RuleBasedStateMachine):
     def open(self, k: int, b: int, running: int, evict: bool, reuse: float, worlds: int, tolerance: float) -> None:
         self.config = config(
             max_staleness=k, groups_per_step=b, max_running=running, stragglers="evict" if evict else "drain",
-            reuse=reuse, quotas=worlds > 0, tolerance=tolerance,
+            reuse=reuse if k else 0.0, quotas=worlds > 0, tolerance=tolerance,
         )  # fmt: skip
         shares = {w: 1.0 + i for i, w in enumerate(WORLDS[:worlds])}
         self.books = Scheduler(self.config, shares=shares or None)

@@ -76,6 +76,40 @@ def test_a_wait_that_fails_is_over_too() -> None:
     assert waits.snapshot()["waits"] == []
 
 
+def test_a_wait_says_what_it_is_for_now() -> None:
+    """The name is asked for anew at every change, and the wait ends when it is over."""
+
+    async def main() -> list[str]:
+        changes, there, heard = waits.Changes(30.0), list[int](), list[str]()
+        waiting = asyncio.ensure_future(
+            changes.until(lambda: len(there) == 2, lambda: f"{2 - len(there)} more", lambda: 0.0)
+        )
+        for n in range(2):
+            await asyncio.sleep(0)
+            heard += [w["what"] for w in waits.snapshot()["waits"]]
+            there.append(n)
+            await changes.tell()
+            await asyncio.sleep(0)
+        await waiting
+        return heard
+
+    assert asyncio.run(main()) == ["2 more", "1 more"]
+
+
+def test_a_wait_is_bounded_from_when_something_moved_last() -> None:
+    """The bound is a fifth of a second; something moves for one second, and then nothing."""
+
+    async def main() -> float:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"^waited 1\.\d s for what never comes$|^waited [2-9]"):
+            await waits.Changes(0.2).until(
+                lambda: False, lambda: "what never comes", lambda: min(time.monotonic(), began + 1.0)
+            )
+        return time.monotonic() - began
+
+    assert asyncio.run(main()) >= 1.2
+
+
 def test_a_record_for_people() -> None:
     found = {
         "queues": {"running groups": 2, "free slots": 0},
@@ -91,7 +125,7 @@ def test_a_record_for_people() -> None:
 
 def test_a_name_that_a_model_chose_does_nothing_to_a_terminal(tmp_path: Path) -> None:
     with waits.acting("s/0/0"), waits.waiting("the tool \x1b[2J\nerror: \u202e\ud800" + "x" * 500):
-        waits.write(tmp_path / "w.json", {})
+        waits.write(tmp_path / "w.json", waits.snapshot())
     (wait,) = json.loads((tmp_path / "w.json").read_text())["waits"]
     assert wait["what"] == "the tool ?[2J?error: ??" + "x" * 77 + "..."
 
@@ -154,7 +188,8 @@ def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path: Path
 
 
 def test_a_process_that_ended_is_gone_before_and_after_it_is_collected(tmp_path: Path) -> None:
-    code = f"from posttrain import waits; from pathlib import Path; waits.write(Path({str(tmp_path / 'w')!r}), {{}})"
+    written = f"waits.write(Path({str(tmp_path / 'w')!r}), waits.snapshot())"
+    code = f"from posttrain import waits; from pathlib import Path; {written}"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert f"process {process.pid} is gone" in (waits.why(tmp_path / "w", time.time()) or "")
@@ -296,7 +331,7 @@ def test_another_process_says_which_trajectory_waits_for_which_tool_and_the_log_
         ages: list[float] = []
         said = ""
         until = time.monotonic() + 300
-        while len(ages) < 2 or not (log.exists() and "nothing to train on" in log.read_text()):
+        while len(ages) < 2 or not (log.exists() and "learn waits" in log.read_text()):
             assert process.poll() is None, process.communicate()[0].decode()[-3000:]
             assert time.monotonic() < until, said
             time.sleep(1.0)
@@ -309,7 +344,9 @@ def test_another_process_says_which_trajectory_waits_for_which_tool_and_the_log_
         assert re.match(rf"process {process.pid} lives, and told this [\d.]+ s ago\n", last)
         assert "running groups 2, running rollouts 4, arrived groups 0, groups on the shelf 0, free slots 0" in last
         assert re.search(r" s  expert-toy: learn: 2 groups to train on$", last, re.MULTILINE)
-        assert re.search(r"WARNING .*expert-toy: nothing to train on for \d+ s; running groups 2", log.read_text())
+        assert re.search(
+            r"WARNING .*expert-toy: learn waits \d+ s for 2 groups to train on; running groups 2", log.read_text()
+        )
         assert re.search(r"^ *[\d.]+ s  expert-toy/1/1: the tool lookup, turn 1$", log.read_text(), re.MULTILINE)
     finally:
         process.send_signal(signal.SIGKILL)
