@@ -186,7 +186,7 @@ async def judge(folder: Path, pipeline: Pipeline, name: str) -> float:
     player = Player(pipeline.worlds, Chat(AutoTokenizer.from_pretrained(folder)), RewardConfig())
     bar = pipeline.progress.add_task(f"{name}: held-out tasks", total=c.evaluation.tasks)
     asked = held_out(pipeline.worlds, c.evaluation, 0)
-    engine = await start_engine(c.engine, folder)
+    engine = await start_engine(c.engine, folder, pipeline.run.weights("judging"))
     try:
         judged = await evaluate(
             engine, player, asked, c.evaluation, label=name, seed=0, on_done=lambda: pipeline.progress.advance(bar)

@@ -44,18 +44,21 @@ def test_against_trl() -> None:
     lines = re.findall(r"│ +(\S+) │ (.+?) +│ +(\d+) │ +(\S+) │ +(\S+) │ +(\d+) │ +(\d+)% │ +(\d+) │", run.stdout)
     trainers = [
         "GRPOTrainer",
+        "GRPOTrainer, bf16",
+        "ours, K = 0",
         "ours",
         "ours, compiled",
+        "ours, compiled, bf16",
         "AsyncGRPOTrainer",
         "AsyncGRPOTrainer, batching worker",
-        "ours, K = 0",
     ]
     assert [(latency, trainer) for latency, trainer, *_ in lines] == [(at, t) for at in ("0", "0.1") for t in trainers]
     for latency, trainer, speed, step, mean, most, waits, _ in lines:
-        assert float(speed) > 0 and float(step) > float(latency) * (trainer in ("GRPOTrainer", "ours, K = 0"))
-        assert 0 <= float(mean) <= int(most) <= (0 if trainer in ("GRPOTrainer", "ours, K = 0") else 4)
+        in_turn = trainer in ("GRPOTrainer", "GRPOTrainer, bf16", "ours, K = 0")
+        assert float(speed) > 0 and float(step) > float(latency) * in_turn
+        assert 0 <= float(mean) <= int(most) <= (0 if in_turn else 4)
         assert 0 <= int(waits) <= 100
-    assert len(re.findall(r"^latency \S+: ours.* / \w*GRPOTrainer = \d+\.\d\d \(bar [32]\)$", run.stdout, re.M)) == 2
+    assert len(re.findall(r"^latency \S+: ours.* / \w*GRPOTrainer.* = \d+\.\d\d \(bar [32]\)$", run.stdout, re.M)) == 2
 
 
 @pytest.mark.slow
@@ -85,9 +88,11 @@ def test_soak() -> None:
     assert run.returncode in (0, 1) and "Traceback" not in run.stderr, run.stderr
     [row] = [line.split("│") for line in run.stdout.splitlines() if line.startswith("│ pinned")]
     episodes, speed, *grown = (float(cell.split()[0]) for cell in row[2:-1])
-    memory, engines_memory, handles, engines_handles, _ = grown
+    memory, engines_memory, handles, engines_handles, tasks = grown
     assert episodes >= 2000 and speed > 0
-    assert memory < 64 and engines_memory < 64 and handles <= 0 and engines_handles <= 0
+    # A file that is just being written counts in the mean of a few measurements; one that stays open counts whole.
+    assert memory < 64 and engines_memory < 64 and handles < 1 and engines_handles < 1
+    assert tasks < 150  # one left of every group would be 200 more
 
 
 @pytest.mark.slow

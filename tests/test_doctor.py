@@ -133,10 +133,10 @@ def test_a_probe_that_hangs_is_named() -> None:
         return Finding(name="good", state="ok", found="here")
 
     started = time.monotonic()
-    found = examine({"stuck": lambda: time.sleep(60) or good(), "good": good}, patience_s=0.2)
-    assert time.monotonic() - started < 5
+    found = examine({"stuck": lambda: time.sleep(60) or good(), "good": good}, patience_s=2.0)
+    assert time.monotonic() - started < 30
     assert [(f.name, f.state) for f in found] == [("stuck", "missing"), ("good", "ok")]
-    assert found[0].found == "no answer within 0.2 s"
+    assert found[0].found == "no answer within 2 s"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

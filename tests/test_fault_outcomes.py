@@ -130,23 +130,27 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 @pytest.mark.slow
 def test_rollouts_wait_for_a_sandbox_host_that_comes_back(gate: Gate, tmp_path: Path) -> None:
     """Down for a second: what was under way is masked and tried again, with twice the pause each time."""
-    down = 0
+    down = False
 
     async def work(where: str, count: int) -> None:
         nonlocal down
-        if where == "grade" and count == 10:
+        if where != "open":
+            return
+        if count == 12:
             gate.stop()
-            threading.Timer(1.0, gate.start).start()
-        if where == "open":
+        try:
             box = await open_sandbox(DockerConfig(host=f"unix://{gate.path}", memory_mb=128, start_timeout_s=20))
             try:
                 ran = await box.exec("true")
                 assert ran.exit_code == 0
-            except SandboxError:
-                down += 1
-                raise
             finally:
                 await box.close()
+        except SandboxError:
+            # Counted from the first who meets it: else the second might pass while nobody asks.
+            if count >= 12 and not down:
+                down = True
+                threading.Timer(1.0, gate.start).start()
+            raise
 
     run = run_toy(tmp_path, hook=work, retry_s=0.5, attempts=6, steps=3)
     check_books(run, steps=3)
@@ -215,17 +219,19 @@ def test_evict_does_not_wait_for_a_straggler(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["open", "grade"])
 def test_drain_waits_for_a_straggler_until_its_episode_s_time_is_over(where: str, tmp_path: Path) -> None:
-    """What hangs inside the conversation ends as the agent's time-out (``tests/envs/test_episode.py``)."""
+    """A tool or a user that hangs ends as the agent's time-out (``tests/envs/test_episode.py``), and the engine has a
+    bound of its own."""
 
     async def hang(at: str, count: int) -> None:
         if at == where and count == 7:
             await asyncio.sleep(3600)
 
-    run = run_toy(tmp_path, hook=hang, timeout_s=2.0)
+    # The others have the same time, and must not need it where the machine stands still.
+    run = run_toy(tmp_path, hook=hang, timeout_s=10.0)
     check_books(run)
     (broken,) = [r for r in rollouts(run) if not r.valid]
-    assert broken.error is not None and "waited 2 s for" in broken.error.message
-    assert 1.0 < max(r["time/wait_s"] for r in records(run)) < 20.0
+    assert broken.error is not None and "waited 10 s for" in broken.error.message
+    assert 1.0 < max(r["time/wait_s"] for r in records(run)) < 60.0
 
 
 def test_a_straggler_that_nothing_ends_ends_the_run_by_name_and_the_same_command_goes_on(tmp_path: Path) -> None:

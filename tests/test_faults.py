@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -24,6 +26,8 @@ from tests.posttrain.tiny import make_model, make_tokenizer
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 STEPS, BATCH = 6, 2
+MARK = "POSTTRAIN_TEST_RUN"
+"""In the environment of a run, which its children have too: the engine's command line says nothing of the run."""
 
 
 def write_config(folder: Path, max_staleness: int) -> Path:
@@ -49,8 +53,9 @@ def write_config(folder: Path, max_staleness: int) -> Path:
 
 def start(config: Path, out: Path, log_file: Path | None = None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "posttrain.cli", "expert", str(config), "interaction", "--out", str(out)]
+    env = {**os.environ, MARK: str(out)}
     with open(log_file or out.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
 
 def finish(config: Path, out: Path) -> float:
@@ -61,8 +66,9 @@ def finish(config: Path, out: Path) -> float:
     return time.monotonic() - began
 
 
-def kill_at_random(config: Path, out: Path, rng: random.Random, whole_s: float, times: int) -> int:
-    """Kill that many times, at any moment of a run that would take ``whole_s``; how often it had ended by itself."""
+def kill_at_random(config: Path, out: Path, rng: random.Random, whole_s: float, times: int, seen: set[str]) -> int:
+    """Kill that many times, at any moment of a run that would take ``whole_s``; how often it had ended by itself.
+    ``seen`` gets what was alive when it was killed."""
     ended = 0
     for _ in range(times):
         process = start(config, out)
@@ -70,6 +76,7 @@ def kill_at_random(config: Path, out: Path, rng: random.Random, whole_s: float, 
             process.wait(rng.uniform(0.2, 1.0) * whole_s)
             ended += 1
         except subprocess.TimeoutExpired:
+            seen |= {*alive(out)}
             # The process alone: its engine must see for itself that nobody is left.
             process.send_signal(signal.SIGKILL)
             process.wait(10)
@@ -88,9 +95,13 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def alive(out: Path) -> list[str]:
-    """Processes of the run that are left."""
-    found = subprocess.run(["pgrep", "-fa", str(out)], capture_output=True, text=True, check=False).stdout
-    return [line for line in found.splitlines() if "pgrep" not in line and str(os.getpid()) not in line.split()[:1]]
+    """Command lines of the run's processes that are left."""
+    found: list[str] = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == str(out):
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
@@ -99,14 +110,20 @@ def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
     """Fifty in both modes, or ten. Every step is taken once, each on groups of its own, and from rollouts that are in
     the journal; synchronously the weights are those of a run that nobody disturbed, bit for bit."""
     config = write_config(tmp_path, max_staleness)
-    calm = tmp_path / "calm"
-    whole_s = finish(config, calm)
+    calm, seen = tmp_path / "calm", set[str]()
+    began = time.monotonic()
+    undisturbed_run = start(config, calm)
+    while undisturbed_run.poll() is None and time.monotonic() - began < 300:
+        seen |= {*alive(calm)}
+        time.sleep(0.2)
+    assert undisturbed_run.wait(10) == 0, calm.with_suffix(".log").read_text()[-3000:]
+    whole_s = time.monotonic() - began
     rng = random.Random(max_staleness)
     killed, runs = 0, 0
     while killed < kills:
         out = tmp_path / f"killed-{runs}"
         times = min(5, kills - killed)
-        killed += times - kill_at_random(config, out, rng, whole_s, times)
+        killed += times - kill_at_random(config, out, rng, whole_s, times, seen)
         runs += 1
         finish(config, out)
         state, rollouts, trained = stage(out)
@@ -131,7 +148,8 @@ def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
                 assert rollout.branches == by_id[rollout.id].branches
             ours, undisturbed = weights(out), weights(calm)
             assert all(torch.equal(ours[k], undisturbed[k]) for k in undisturbed)
-        until = time.monotonic() + 15
+        until = time.monotonic() + 60
         while alive(out) and time.monotonic() < until:
             time.sleep(0.2)
         assert alive(out) == []
+    assert any("spawn_main" in line for line in seen), "who does not see an engine cannot see that none is left"

@@ -92,6 +92,17 @@ def run(kind: Kind, body: Callable[[Sandbox], Awaitable[T]]) -> T:
     return asyncio.run(main())
 
 
+def comes_in_time(play: Callable[[], float], bound_s: float) -> None:
+    """``play`` checks a case and gives the seconds that its call took. A machine that stands still makes one late: it
+    is played again. What is late by itself is late each of three times."""
+    took: list[float] = []
+    while len(took) < 3:
+        took.append(play())
+        if took[-1] < bound_s:
+            return
+    pytest.fail(f"took {took} s: never less than {bound_s:g}")
+
+
 def test_runs_code(kind: Kind) -> None:
     result = run(kind, lambda box: box.exec(kind.hello))
     assert (result.exit_code, result.stdout, result.stderr) == (0, "hello\n", "")
@@ -114,10 +125,14 @@ def test_timeout_ends_the_call_within_a_bound(kind: Kind) -> None:
         took = time.monotonic() - started
         return result, took, await box.exec(kind.hello)
 
-    result, took, after = run(kind, body)
-    assert (result.exit_code, result.timed_out) == (124, True)
-    assert 1.0 <= took < 3.0
-    assert after.stdout == "hello\n"
+    def play() -> float:
+        result, took, after = run(kind, body)
+        assert (result.exit_code, result.timed_out) == (124, True)
+        assert took >= 1.0
+        assert after.stdout == "hello\n"
+        return took
+
+    comes_in_time(play, 3.0)
 
 
 def test_a_call_cannot_outlast_the_config(kind: Kind) -> None:
@@ -204,11 +219,10 @@ def test_files_of_this_machine_are_not_visible(kind: Kind, tmp_path: Path) -> No
 
 
 def test_network_is_unreachable(kind: Kind) -> None:
-    started = time.monotonic()
+    """At once: of a packet that nobody answers the program would say that it timed out."""
     result = run(kind, lambda box: box.exec(kind.network))
     assert result.exit_code == 1
     assert ("No module named 'socket'" if kind is MONTY else "Network is unreachable") in result.stderr
-    assert time.monotonic() - started < 5
 
 
 def test_a_closed_sandbox_raises_and_close_is_idempotent(kind: Kind) -> None:
@@ -314,7 +328,8 @@ def test_monty_dead_worker_raises_and_stays_dead(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_monty_how_programs_end(source: str, code: int, message: str) -> None:
-    result = run(MONTY, lambda box: box.exec(source, timeout_s=1.0))
+    # Little time only for what ends by its time.
+    result = run(MONTY, lambda box: box.exec(source, timeout_s=1.0 if code == 124 else 10.0))
     assert result.exit_code == code
     assert message in result.stderr
     assert result.stdout == ""
@@ -331,16 +346,17 @@ def test_monty_each_call_has_a_fresh_namespace_but_shares_files() -> None:
     assert "NameError: name 'x' is not defined" in result.stderr
 
 
-def test_monty_median_call_is_fast() -> None:
+def test_monty_calls_are_fast() -> None:
     async def body(box: Sandbox) -> float:
         took = []
         for _ in range(50):
             started = time.perf_counter()
             await box.exec("print(sum(i * i for i in range(100)))")
             took.append(time.perf_counter() - started)
-        return sorted(took)[25]
+        return sorted(took)[4]
 
-    # 0.7 ms on an idle core; the bound only catches a process started for each call (20 ms) or worse.
+    # 0.7 ms on an idle core; the bound only catches a process started for each call (20 ms) or worse, which would be in
+    # all of them. What else the machine does is in most of them at worst.
     assert run(MONTY, body) < 0.015
 
 

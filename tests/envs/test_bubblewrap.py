@@ -45,6 +45,15 @@ def run(body: Callable[[ShellSandbox], Awaitable[T]]) -> T:
     return asyncio.run(main())
 
 
+def eventually(holds: Callable[[], bool], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def sandboxes(parent: int) -> list[str]:
     """Processes called bwrap below ``parent``, this machine's view."""
     parents = {}
@@ -127,7 +136,7 @@ def test_close_leaves_no_process_even_under_a_running_call() -> None:
 
     answer, took = asyncio.run(main())
     assert isinstance(answer, SandboxError)
-    assert took < 5
+    assert took < 20  # the call alone would go on for 30
     assert sandboxes(os.getpid()) == []
 
 
@@ -137,10 +146,8 @@ from envs.sandbox import BubblewrapConfig, open_sandbox
 
 async def main():
     box = await open_sandbox(BubblewrapConfig())
-    busy = asyncio.create_task(box.exec("sleep 98765 & sleep 98765", timeout_s=100))
-    await asyncio.sleep(0.5)
     print("ready", flush=True)
-    await busy
+    await box.exec("sleep 98765 & sleep 98765", timeout_s=100)
 
 asyncio.run(main())
 """
@@ -155,13 +162,10 @@ def test_nothing_outlives_a_killed_owner() -> None:
     assert owner.stdout is not None
     with owner.stdout:
         assert owner.stdout.readline() == "ready\n"
-        assert sleeping() == 2
+        assert eventually(lambda: sleeping() == 2, 30)
         owner.kill()
         owner.wait()
-    deadline = time.monotonic() + 10
-    while sleeping() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert sleeping() == 0
+    assert eventually(lambda: sleeping() == 0, 30)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")

@@ -162,19 +162,34 @@ def test_the_allowed_server_and_no_other(servers: tuple[str, str]) -> None:
 def test_sandboxes_of_one_gate_do_not_meet(servers: tuple[str, str]) -> None:
     """Each has a loopback of its own; what one listens on is not there for the other."""
     config = DockerConfig(memory_mb=128, pids=48, network=NetworkConfig(allow=(f"{servers[0]}:8000",)))
+    ask = f"ask() {{\n{DIRECT}{fetch('http://127.0.0.1:9000/')}}}\n"
+    serve = (
+        "cd /tmp; python3 -m http.server 9000 >/dev/null 2>&1 &\n"
+        "until ask | grep -q 'Directory listing'; do sleep 0.2; done\n"
+        "echo listed >/tmp/listed; until [ -e /tmp/enough ]; do sleep 0.2; done; ask"
+    )
+
+    def root(client: docker.DockerClient, box: ShellSandbox, command: str) -> int | None:
+        """Run beside the call that is under way."""
+        assert isinstance(box.place, DockerPlace)
+        return client.containers.get(box.place.id).exec_run(["sh", "-c", command], user="0:0").exit_code
 
     async def main() -> tuple[str, str]:
+        client = docker.from_env()
         first, second = await open_docker(config, run=RUN_NAME), await open_docker(config, run=RUN_NAME)
         try:
-            ask = DIRECT + fetch("http://127.0.0.1:9000/")
-            serve = "cd /tmp; python3 -m http.server 9000 >/dev/null 2>&1 & sleep 2"
-            here, there = await asyncio.gather(
-                first.exec(f"{serve}; {ask}\nsleep 3", timeout_s=30), second.exec(f"sleep 3; {ask}", timeout_s=30)
-            )
-            return here.stdout, there.stdout
+            serving = asyncio.create_task(first.exec(ask + serve, timeout_s=100))
+            # What the second asks, it asks between two answers that the first had of itself.
+            while await asyncio.to_thread(root, client, first, "test -e /tmp/listed"):
+                assert not serving.done(), serving.result()
+                await asyncio.sleep(0.2)
+            there = await second.exec(ask + "ask", timeout_s=30)
+            assert await asyncio.to_thread(root, client, first, "touch /tmp/enough") == 0
+            return (await serving).stdout, there.stdout
         finally:
             await first.close()
             await second.close()
+            client.close()
 
     here, there = asyncio.run(main())
     assert "Directory listing" in here

@@ -212,8 +212,12 @@ CHEATS = {
 
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_the_tests_are_not_fooled(cheat: str) -> None:
-    answers, grade = play(rewrite(CHEATS[cheat]), use("test"), timeout_s=0.5)
+    # Little time only for what never ends: else any of them might fail merely by its time.
+    timeout_s = 0.5 if cheat == "loops" else 60.0
+    sandbox = {"type": "monty", "timeout_s": timeout_s}
+    answers, grade = play(rewrite(CHEATS[cheat]), use("test"), sandbox=sandbox, timeout_s=timeout_s)
     assert grade == 0.0
+    assert ("timeout" in answers[1]) == (cheat == "loops")
     if cheat in ("knows the examples", "breaks another"):
         assert answers[1] == "pass", "the hidden tests are the ones that tell"
     else:
@@ -275,7 +279,7 @@ def test_a_repair_by_shell(config: SandboxConfig) -> None:
     new = use("shell", command="mkdir lib; printf 'def cut(s):\\n return s[2:]\\n' >lib/cut.py")
     edit = rewrite("from lib.cut import cut\ndef fig(s):\n return cut(s[::-1])\n")
     assert play(new, edit, **options)[1] == 1.0
-    slow = play(use("shell", command="echo a; sleep 60"), **options, timeout_s=0.5)
+    slow = play(use("shell", command="echo a; sleep 60"), **options, timeout_s=2.0)
     assert slow[0][0].startswith("a\n") and "timed out" in slow[0][0]
 
 

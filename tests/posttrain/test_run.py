@@ -115,8 +115,8 @@ def test_two_runs_cannot_share_a_directory(tmp_path: Path) -> None:
 def test_the_lock_goes_with_its_owner_even_if_a_forked_child_lives_on(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\nfrom posttrain.config import Config\nfrom posttrain.run import RunDir\n"
-        "run = RunDir.open(sys.argv[1], Config())\nchild = os.fork()\n"
-        "if child:\n    time.sleep(1)\n    print(child, flush=True)\ntime.sleep(60)\n"
+        "run = RunDir.open(sys.argv[1], Config())\n"
+        "if not os.fork():\n    print(os.getpid(), flush=True)\ntime.sleep(60)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "r")], stdout=subprocess.PIPE, env=env)
