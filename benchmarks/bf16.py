@@ -38,11 +38,17 @@ def samples(seed: int) -> list[Sample]:
         prompt = rng.choices(range(600), k=PROMPT)
         for place in range(SIZE):
             ids = tuple(prompt + rng.choices(range(600), k=SAMPLED))
-            numbers = {
-                "logprobs": tuple(given + [-6.4] * SAMPLED),
-                "advantages": tuple(given + [rng.gauss(0, 1)] * SAMPLED),
-            }
-            found.append(Sample(domain="any", rollout=f"{group}/{place}", ids=ids, sampled=mask, **numbers))
+            logprobs, advantages = (tuple(given + [x] * SAMPLED) for x in (-6.4, rng.gauss(0, 1)))
+            found.append(
+                Sample(
+                    domain="any",
+                    rollout=f"{group}/{place}",
+                    ids=ids,
+                    sampled=mask,
+                    logprobs=logprobs,
+                    advantages=advantages,
+                )
+            )
     return found
 
 
@@ -54,8 +60,8 @@ def product(dtype: torch.dtype) -> Callable[[int], Any]:
 
 def attention(dtype: torch.dtype) -> Callable[[int], Any]:
     """There and back."""
-    given = [torch.randn(32, 4, 64, 32).to(dtype).requires_grad_() for _ in range(3)]
-    return lambda seed: torch.autograd.grad(scaled_dot_product_attention(*given, is_causal=True).sum(), given)
+    q, k, v = given = [torch.randn(32, 4, 64, 32).to(dtype).requires_grad_() for _ in range(3)]
+    return lambda seed: torch.autograd.grad(scaled_dot_product_attention(q, k, v, is_causal=True).sum(), given)
 
 
 def step(folder: Path, precision: Any, compiled: bool) -> Callable[[int], Any]:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -43,8 +44,18 @@ class WithTokenizer(Server):
 def make_model(folder: Path, large: bool) -> None:
     text = [" ".join(Random(i).choices("abcdefghijklmnop", k=40)) for i in range(50)]
     tokenizer = train_tokenizer(text, 256)
-    size = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
-    small = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    size: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    }
+    small: dict[str, Any] = {
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -90,9 +101,12 @@ async def ours(engine: VllmEngine, vocabulary: int, options: argparse.Namespace,
 
 
 async def compare(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    on_cpu = {"dtype": "float32", "threads": 1, "eager": True, "kv_cache_gib": 1.0}
-    size = {"slots": options.concurrency, "max_context": 2048, "command": (options.vllm,)}
-    config = VllmEngineConfig(type="vllm", **size, **({"dtype": "bfloat16"} if options.gpu else on_cpu))
+    given: dict[str, Any] = {"slots": options.concurrency, "max_context": 2048, "command": (options.vllm,)}
+    if options.gpu:
+        given |= {"dtype": "bfloat16"}
+    else:
+        given |= {"dtype": "float32", "threads": 1, "eager": True, "kv_cache_gib": 1.0}
+    config = VllmEngineConfig(type="vllm", **given)
     server = WithTokenizer(config, folder, folder / "server.log", 0)
     found: dict[str, list[float]] = {"theirs": [], "ours": [], "plain": []}
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]

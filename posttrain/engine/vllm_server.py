@@ -41,6 +41,10 @@ class Refused(EngineError):
     """The server answers that it cannot."""
 
 
+class Late(EngineError):
+    """The server did not answer in time."""
+
+
 class Server:
     """A server that may die and be started again. ``posttrain.engine.vllm`` decides what it serves."""
 
@@ -94,7 +98,7 @@ class Server:
         while time.monotonic() < deadline:
             if self._process is not None and self._process.returncode is not None:
                 raise EngineError(f"vLLM server {self.number} ended before it served; {self._last_words()}")
-            with suppress(ServerGone):
+            with suppress(ServerGone, Late):  # a machine that is busy with the start: start_s is the bound
                 await self.get("/health", timeout_s=5)
                 return
             await asyncio.sleep(0.3)
@@ -114,7 +118,7 @@ class Server:
         return False
 
     async def get(self, path: str, timeout_s: float | None = None) -> Any:
-        """What it answers. Raises ServerGone if it does not, Refused if it cannot."""
+        """What it answers. Raises ServerGone if it does not, Late if not in time, Refused if it cannot."""
         return await self._ask("GET", path, None, timeout_s or self.config.timeout_s)
 
     async def post(self, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
@@ -131,7 +135,7 @@ class Server:
                 if reply.status == 200:
                     return await reply.json() if "json" in reply.content_type and text else text
         except TimeoutError:
-            raise EngineError(
+            raise Late(
                 f"vLLM server {self.number} did not answer {path} within {timeout_s:g} s (engine.timeout_s)"
             ) from None
         except aiohttp.ClientError as error:

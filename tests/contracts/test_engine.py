@@ -150,10 +150,11 @@ def test_a_cancelled_request_leaves_the_others_alone(bench: Bench) -> None:
 
     async def cancel_some() -> list[Completion | BaseException]:
         long = Sampling(max_tokens=200, seed=5)
+        short = asyncio.create_task(bench.engine.generate((5, 6), Sampling(max_tokens=2)))
         doomed = [asyncio.create_task(bench.engine.generate(make_ids(Random(i), 30), long)) for i in range(4)]
         kept = [asyncio.create_task(bench.engine.generate(*r)) for r in requests]
         doomed[0].cancel()  # before it was sent
-        await asyncio.sleep(0.02)  # tens of times as long, now and then, if the servers have both cores
+        await short  # now the others are under way, and on a busy machine they may even be through
         for task in doomed:
             task.cancel()
         ended = await asyncio.gather(*doomed, return_exceptions=True)
@@ -207,8 +208,9 @@ def test_a_request_that_spans_a_load_has_both_versions_in_order(bench: Bench) ->
 def test_a_pinned_request_is_bit_for_bit_that_of_an_engine_of_its_version(bench: Bench, tmp_path: Path) -> None:
     """Two newer versions come meanwhile, and others are sampled from them and from an older one."""
     prompt, sampling, other = make_ids(Random(7), 30), Sampling(max_tokens=200, seed=3), make_ids(Random(8), 20)
+    answers = list[Completion]()
 
-    async def pinned() -> tuple[list[bool], Completion, list[Completion]]:
+    async def pinned() -> tuple[list[bool], Completion]:
         newer = bench.others(2)
         older = await bench.take(bench.another())
         version = await bench.take(model, keep=[older])
@@ -223,21 +225,22 @@ def test_a_pinned_request_is_bit_for_bit_that_of_an_engine_of_its_version(bench:
         first, second = await asyncio.gather(*crowd)
         assert (await task).versions == (version,) * 200 and second.versions == (bench.version,) * 40
         assert list(first.versions) == sorted(first.versions) and {*first.versions} <= {version + 1, version + 2}
-        return under_way, await task, [first, second]
+        answers.append(await task)
+        return under_way, first
 
-    def all_come_about(got: tuple[list[bool], Completion, list[Completion]]) -> bool:
-        under_way, _, (first, _) = got
-        return (all(under_way) if bench.way.exact else under_way[0]) and first.versions[0] == bench.version - 1
+    def all_come_about(got: tuple[list[bool], Completion]) -> bool:
+        under_way, first = got
+        if bench.way.exact:
+            return all(under_way) and {*first.versions} == {bench.version - 1, bench.version}
+        return under_way[0] and first.versions[0] == bench.version - 1
 
     model = model_of(bench.kind, seed=bench.version + 1000)
-    _, got, crowd = bench.until(all_come_about, pinned)
-    newest = bench.version
+    bench.until(all_come_about, pinned)
     want = bench.alone(model, tmp_path, lambda engine: engine.generate(prompt, sampling))
-    assert (got.ids, got.finish) == (want.ids, want.finish)
-    assert got.logprobs == (want.logprobs if bench.way.exact else pytest.approx(want.logprobs, abs=TOLERANCE))
-    assert got.versions == (newest - 2,) * 200
-    assert trainer_gap(trainer_of(model), [(prompt, got)]) < TOLERANCE
-    assert crowd[0].versions[-1] == newest or not bench.way.exact
+    for got in answers:  # of every try
+        assert (got.ids, got.finish) == (want.ids, want.finish)
+        assert got.logprobs == (want.logprobs if bench.way.exact else pytest.approx(want.logprobs, abs=TOLERANCE))
+    assert trainer_gap(trainer_of(model), [(prompt, got) for got in answers]) < TOLERANCE
 
 
 def test_pinned_conversations_go_on_while_newer_versions_come(bench: Bench, tmp_path: Path) -> None:
@@ -274,7 +277,10 @@ def test_pinned_conversations_go_on_while_newer_versions_come(bench: Bench, tmp_
 def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: Bench) -> None:
     prompts, trainers = [make_ids(Random(i), 10 + i) for i in range(3)], list[Trainer]()
 
-    async def drop() -> tuple[list[Any], list[Completion], list[Completion]]:
+    def resident() -> str:
+        return rf"resident are {bench.version - 1}, {bench.version} \(newest: {bench.version}\)"
+
+    async def drop() -> tuple[bool, list[Any], list[Completion], list[Completion]]:
         (coming,) = bench.others(1)
         old = await bench.take(bench.another())
         kept = await bench.take(bench.another(), keep=[old])
@@ -289,36 +295,43 @@ def test_a_version_that_is_dropped_fails_its_own_requests_and_no_others(bench: B
         await first[0]  # now the others are under way
         await bench.take(coming, keep=[kept])
         async with asyncio.timeout(60):
-            failures = await asyncio.gather(*doomed, return_exceptions=True)
-        assert not (bench.way.exact and any(t.done() for t in pinned))
-        early = [f for f in failures if isinstance(f, Completion)]
-        assert not (bench.way.exact and early) and all(c.versions == (old,) * 220 for c in early)
-        failures = [f for f in failures if not isinstance(f, Completion)]
-        return failures, await asyncio.gather(*pinned), await asyncio.gather(*free)
+            ended = await asyncio.gather(*doomed, return_exceptions=True)
+        under_way = not any(t.done() for t in pinned)
+        dropped = rf"^version {old} was dropped before its request ended: {resident()}$"
+        for end in ended:
+            if isinstance(end, Completion):
+                assert end.versions == (old,) * 220
+            else:
+                with pytest.raises(EngineError, match=dropped):
+                    raise end
+        stayed, went = await asyncio.gather(*pinned), await asyncio.gather(*free)
+        assert all(c.versions == (kept,) * 200 for c in stayed)
+        for c in went:
+            first = c.versions.count(kept)
+            assert c.versions == (kept,) * first + (bench.version,) * (200 - first)
+        return under_way, [e for e in ended if not isinstance(e, Completion)], stayed, went
 
-    def both_come_about(got: tuple[list[Any], list[Completion], list[Completion]]) -> bool:
-        spans = [{bench.version - 1, bench.version} == {*c.versions} for c in got[2]]
-        return bool(got[0]) and (all(spans) if bench.way.exact else any(spans))
+    def all_come_about(got: tuple[bool, list[Any], list[Completion], list[Completion]]) -> bool:
+        under_way, failures, _, free = got
+        begun = [c.versions[0] == bench.version - 1 for c in free]
+        spans = [{bench.version - 1, bench.version} == {*c.versions} for c in free]
+        if bench.way.exact:
+            return under_way and len(failures) == 2 * SLOTS and all(spans)
+        return bool(failures) and all(begun) and any(spans)
 
-    failures, pinned, free = bench.until(both_come_about, drop)
+    _, _, pinned, free = bench.until(all_come_about, drop)
     old, kept, newest = (bench.version - n for n in (2, 1, 0))
-    resident = rf"resident are {kept}, {newest} \(newest: {newest}\)"
-    for failure in failures:
-        with pytest.raises(EngineError, match=rf"^version {old} was dropped before its request ended: {resident}$"):
-            raise failure
     for version in (old, newest + 1, -1):
-        with pytest.raises(EngineError, match=rf"^version {version} is not resident in the engine: {resident}$"):
+        with pytest.raises(EngineError, match=rf"^version {version} is not resident in the engine: {resident()}$"):
             bench.run((prompts[0], Sampling(version=version)))
     want = bench.run(*[(prompts[i], Sampling(max_tokens=200, seed=i, version=kept)) for i in range(2)])
     for got, again, both in zip(pinned, want, free, strict=True):
-        assert got.versions == (kept,) * 200
         if bench.way.moves:
             assert trainer_gap(trainers[-1], [(prompts[pinned.index(got)], got)]) < TOLERANCE
         else:
             assert got.ids == again.ids
             assert got.logprobs == pytest.approx(again.logprobs, abs=TOLERANCE)
         first = both.versions.count(kept)
-        assert both.versions == (kept,) * first + (newest,) * (200 - first) and first > 0
         assert both.ids[:first] == again.ids[:first] and (first == 200 or both.ids != got.ids)
 
 
@@ -347,23 +360,28 @@ def test_close_frees_everything_and_can_be_called_twice(name: str, tmp_path: Pat
     model_of(WAYS[name].kinds[-1]).save_pretrained(tmp_path)
     before = _children()
 
-    async def scenario() -> BaseException | Completion:
+    async def scenario() -> list[BaseException | Completion]:
         engine = await WAYS[name].start(tmp_path)
         assert _children() > before
-        waiting = asyncio.create_task(engine.generate((5, 6), Sampling(max_tokens=200)))
-        await asyncio.sleep(0.01)
+        short = asyncio.create_task(engine.generate((5, 6), Sampling(max_tokens=5)))
+        long = [Sampling(max_tokens=200, seed=i) for i in range(12 * SLOTS)]  # some wait for seconds
+        waiting = [asyncio.create_task(engine.generate((5, 6), sampling)) for sampling in long]
+        await short
         await engine.close()
         await engine.close()
         with pytest.raises(EngineError, match="closed"):
             await engine.generate((5, 6), Sampling())
         with pytest.raises(EngineError, match="closed"):
             await engine.load(Weights(version=1, where=str(tmp_path)))
-        (outcome,) = await asyncio.gather(waiting, return_exceptions=True)
-        return outcome
+        return await asyncio.gather(*waiting, return_exceptions=True)
 
-    outcome = asyncio.run(scenario())
-    assert isinstance(outcome, EngineError)
-    assert "closed" in str(outcome)
+    outcomes = asyncio.run(scenario())
+    for outcome in outcomes:
+        if isinstance(outcome, Completion):  # it ended before
+            assert len(outcome.ids) == 200
+        else:
+            assert isinstance(outcome, EngineError) and "closed" in str(outcome), outcome
+    assert any(isinstance(outcome, EngineError) for outcome in outcomes)
     assert _children() == before
 
 

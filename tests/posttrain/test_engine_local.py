@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from multiprocessing import Pipe
@@ -63,10 +65,11 @@ def test_a_wait_beyond_its_bound_says_what_it_waited_for(served: tuple[asyncio.R
 def test_a_killed_process_fails_whoever_waits_and_whoever_comes_later(folder: Path) -> None:
     async def scenario() -> list[str]:
         engine = await LocalEngine.start(folder, slots=4, max_context=200, timeout_s=60)
+        os.kill(engine._process.pid, signal.SIGSTOP)  # else some may be through before it is killed
         waiting = [asyncio.create_task(engine.generate((5, i), Sampling(max_tokens=190))) for i in range(8)]
         await asyncio.sleep(0.01)
         os.kill(engine._process.pid, signal.SIGKILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(50):
             outcomes: list[Any] = await asyncio.gather(*waiting, return_exceptions=True)
             for call in (engine.generate((5, 6), Sampling()), engine.load(Weights(version=1, where="nowhere"))):
                 outcomes += await asyncio.gather(call, return_exceptions=True)
@@ -77,6 +80,36 @@ def test_a_killed_process_fails_whoever_waits_and_whoever_comes_later(folder: Pa
 
     text = "EngineError: the engine process died with exit code -9; its last words are on stderr"
     assert asyncio.run(scenario()) == [text] * 10
+
+
+@pytest.mark.slow
+def test_a_stopped_process_does_not_stop_whoever_sends_it_more_than_a_pipe_holds(folder: Path) -> None:
+    """The event loop stands still while it writes, so no bound of its own would end that."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=worker.main, args=(there, str(folder), 4, 16, 1), daemon=True)
+    process.start()
+    there.close()
+    assert here.poll(120) and process.pid is not None  # it is ready; a start has the engine's bound, here too short
+    os.kill(process.pid, signal.SIGSTOP)
+    rescue = threading.Timer(60, process.kill)
+    rescue.start()
+
+    async def scenario() -> list[Any]:
+        engine = LocalEngine(process, here, 2)
+        await engine._ready
+        asked = (engine.generate((i,) * 50_000, Sampling(max_tokens=5)) for i in range(64))
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        await engine.close()
+        return outcomes
+
+    began = time.monotonic()
+    outcomes = asyncio.run(scenario())
+    took_s = time.monotonic() - began
+    rescue.cancel()
+    assert [type(o) for o in outcomes] == [EngineError] * 64
+    assert took_s < 60, "it was killed by the test"
+    assert not process.is_alive()
 
 
 def test_an_engine_that_cannot_start_says_so_and_leaves_no_process(tmp_path: Path) -> None:

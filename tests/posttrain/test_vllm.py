@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from posttrain.engine.vllm import VllmEngine
+from posttrain.engine.vllm_server import Server
 from posttrain.errors import EngineError, UserError
 from posttrain.types import Completion, Sampling, Weights
 from posttrain.weights import HeldOutlet
-from tests.contracts.engines import needs_vllm, serve
+from tests.contracts.engines import needs_vllm, replayed, serve, vllm_config
 from tests.posttrain.tiny import all_logprobs, make_ids, make_model, trainer_gap, trainer_of
 
 pytestmark = needs_vllm
@@ -34,6 +35,15 @@ def pids(engine: VllmEngine, server: int = 0) -> list[int]:
     process = engine._replicas[server].server._process
     assert process is not None
     return [pid for pid, group in _groups() if group == process.pid]
+
+
+def kill(engine: VllmEngine, server: int = 0) -> list[int]:
+    """One server, at once. Returns the processes that it had."""
+    found = pids(engine, server)
+    for pid in found:
+        with suppress(ProcessLookupError):  # ended by itself since it was listed
+            os.kill(pid, signal.SIGKILL)
+    return found
 
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -84,20 +94,24 @@ def test_a_prompt_that_was_seen_under_old_weights_is_read_anew(tmp_path: Path) -
     folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
     prompt = make_ids(Random(1), 400)
 
-    async def use(engine: VllmEngine) -> list[tuple[tuple[int, ...], Completion]]:
-        await engine.generate(prompt, Sampling(max_tokens=5))
-        running = asyncio.create_task(engine.generate(make_ids(Random(2), 300), Sampling(max_tokens=300)))
-        await asyncio.sleep(0.5)
-        assert not running.done()
-        await engine.load(Weights(version=1, where=folders[1]))
-        first = await engine.generate(prompt, Sampling(max_tokens=20, seed=1))
-        following = (*prompt, *first.ids, 5, 6)
-        second = await engine.generate(following, Sampling(max_tokens=20, seed=2))
-        await running
-        return [(prompt, first), (following, second)]
+    async def use(engine: VllmEngine) -> list[tuple[Completion, list[tuple[tuple[int, ...], Completion]]]]:
+        async def updated(version: int) -> tuple[Completion, list[tuple[tuple[int, ...], Completion]]]:
+            await engine.generate(prompt, Sampling(max_tokens=5))
+            running = asyncio.create_task(engine.generate(make_ids(Random(2), 300), Sampling(max_tokens=300)))
+            await engine.generate((5, 6), Sampling(max_tokens=5))  # now the long one is under way
+            await engine.load(Weights(version=version, where=folders[version % 2]))
+            first = await engine.generate(prompt, Sampling(max_tokens=20, seed=1))
+            following = (*prompt, *first.ids, 5, 6)
+            second = await engine.generate(following, Sampling(max_tokens=20, seed=2))
+            return await running, [(prompt, first), (following, second)]
 
-    pairs = serve(tmp_path / "0", use, max_context=800)
-    assert trainer_gap(trainer_of(models[1]), pairs) < TOLERANCE
+        return await replayed(lambda got: len({*got[0].versions}) == 2, updated)
+
+    for version, (running, pairs) in enumerate(serve(tmp_path / "0", use, max_context=800), 1):
+        count = running.versions.count(version - 1)
+        assert running.versions == (version - 1,) * count + (version,) * (300 - count)
+        assert all(c.versions == (version,) * 20 for _, c in pairs)
+        assert trainer_gap(trainer_of(models[version % 2]), pairs) < TOLERANCE
 
 
 def test_many_long_prompts_at_once_are_read_whole(tmp_path: Path) -> None:
@@ -120,39 +134,43 @@ def test_a_swap_keeps_the_cache_or_computes_it_anew(on_swap: str, tmp_path: Path
     folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
     prompt = make_ids(Random(3), 30)
 
-    async def use(engine: VllmEngine) -> Completion:
-        long = asyncio.create_task(engine.generate(prompt, Sampling(max_tokens=200, seed=1)))
-        await engine.generate(prompt, Sampling(max_tokens=10))
-        await engine.load(Weights(version=1, where=folders[1]))
-        return await long
+    async def use(engine: VllmEngine) -> list[Completion]:
+        async def swapped(version: int) -> Completion:
+            long = asyncio.create_task(engine.generate(prompt, Sampling(max_tokens=200, seed=1)))
+            await engine.generate(prompt, Sampling(max_tokens=10))
+            await engine.load(Weights(version=version, where=folders[version % 2]))
+            return await long
 
-    got = serve(tmp_path / "0", use, on_swap=on_swap)
-    count = got.versions.count(0)
-    assert got.versions == (0,) * count + (1,) * (200 - count) and 0 < count < 200
-    after = Completion(
-        ids=got.ids[count:], logprobs=got.logprobs[count:], versions=got.versions[count:], finish="length"
-    )
-    gap = trainer_gap(trainer_of(models[1]), [((*prompt, *got.ids[:count]), after)])
-    assert gap < TOLERANCE if on_swap == "recompute" else gap > 100 * TOLERANCE
+        return await replayed(lambda c: 5 <= c.versions.count(c.versions[0]) <= 150, swapped)
+
+    tries = serve(tmp_path / "0", use, on_swap=on_swap)
+    for version, got in enumerate(tries, 1):
+        count = got.versions.count(version - 1)
+        assert got.versions == (version - 1,) * count + (version,) * (200 - count)
+        if count == 200 or (on_swap == "keep" and got is not tries[-1]):
+            continue  # nothing follows the swap, or it may be too little to tell, or all
+        after = Completion(
+            ids=got.ids[count:], logprobs=got.logprobs[count:], versions=got.versions[count:], finish="length"
+        )
+        gap = trainer_gap(trainer_of(models[version % 2]), [((*prompt, *got.ids[:count]), after)])
+        assert gap < TOLERANCE if on_swap == "recompute" else gap > 100 * TOLERANCE
 
 
 def test_a_server_that_is_killed_starts_again_with_its_weights_and_nothing_is_lost(tmp_path: Path) -> None:
     models = [make_model("llama", seed, head_dim=32) for seed in range(2)]
     folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
-    prompts = [make_ids(Random(i), 20 + i) for i in range(12)]
+    prompts = [make_ids(Random(i), 20 + i) for i in range(49)]
 
     async def use(engine: VllmEngine) -> list[Completion]:
         await engine.load(Weights(version=7, where=folders[1]))
-        asked = [
-            asyncio.create_task(engine.generate(p, Sampling(max_tokens=150, seed=i))) for i, p in enumerate(prompts)
-        ]
-        await asyncio.sleep(0.3)
-        assert not any(t.done() for t in asked)
-        before = pids(engine)
-        for pid in before:
-            os.kill(pid, signal.SIGKILL)
-        found = await asyncio.gather(*asked)
+        calls = [engine.generate(p, Sampling(max_tokens=150, seed=i)) for i, p in enumerate(prompts)]
+        asked = [asyncio.create_task(call) for call in calls[:-1]]  # six times what it has slots for
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        before, under_way = kill(engine), not all(t.done() for t in asked)
+        found = await asyncio.gather(*asked, calls[-1])  # the last sees that it is dead, should nobody else
+        assert under_way
         assert before and not set(before) & set(pids(engine))
+        assert engine._replicas[0].lives == 1
         return found
 
     found = serve(tmp_path / "0", use)
@@ -164,11 +182,17 @@ def test_every_server_has_restarts_of_its_own(tmp_path: Path) -> None:
     saved(make_model("llama", head_dim=32), tmp_path)
 
     async def use(engine: VllmEngine) -> tuple[list[Completion], list[int]]:
-        asked = [asyncio.create_task(engine.generate((5, i), Sampling(max_tokens=200, seed=i))) for i in range(12)]
-        await asyncio.sleep(0.3)
-        for pid in (*pids(engine), *pids(engine, 1)):
-            os.kill(pid, signal.SIGKILL)
-        return await asyncio.gather(*asked), [r.lives for r in engine._replicas]
+        def ask(first: int) -> list[asyncio.Task[Completion]]:
+            calls = (engine.generate((first, i), Sampling(max_tokens=200, seed=i)) for i in range(12))
+            return [asyncio.create_task(call) for call in calls]
+
+        asked = ask(5)
+        await engine.generate((5, 6), Sampling(max_tokens=5))  # now they are under way
+        killed = kill(engine), kill(engine, 1)
+        asked += ask(6)  # to both servers, so that both are missed even if the others were through
+        found = await asyncio.gather(*asked)
+        assert all(killed)
+        return found, [r.lives for r in engine._replicas]
 
     found, lives = serve(tmp_path, use, restarts=1, replicas=2)
     assert lives == [1, 1] and all(len(c.ids) == 200 for c in found)
@@ -178,14 +202,48 @@ def test_a_server_that_dies_too_often_is_an_engine_error(tmp_path: Path) -> None
     saved(make_model("llama", head_dim=32), tmp_path)
 
     async def use(engine: VllmEngine) -> None:
-        task = asyncio.create_task(engine.generate((5, 6), Sampling(max_tokens=200)))
-        await asyncio.sleep(0.2)
-        for pid in pids(engine):
-            os.kill(pid, signal.SIGKILL)
-        with pytest.raises(EngineError, match="vLLM server 0"):
-            await task
+        tokens = [5, *[200] * 100]  # some wait for seconds
+        asked = [asyncio.create_task(engine.generate((5, 6), Sampling(max_tokens=most))) for most in tokens]
+        await asked[0]
+        assert kill(engine)
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+        for most, end in zip(tokens, ended, strict=True):
+            if isinstance(end, Completion):  # it ended before
+                assert len(end.ids) == most
+            else:
+                with pytest.raises(EngineError, match="vLLM server 0"):
+                    raise end
+        assert any(isinstance(e, EngineError) for e in ended)
 
     serve(tmp_path, use, restarts=0)
+
+
+def test_a_server_that_answers_late_while_it_starts_is_waited_for(tmp_path: Path) -> None:
+    """For engine.start_s, not only as long as one answer may take; but no longer than the engine is there."""
+    asked = list[asyncio.StreamWriter]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if len(asked) == 1:  # the others wait
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        asked.append(writer)
+
+    async def scenario() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+            url = "http://{}:{}".format(*listening.sockets[0].getsockname())
+            server = Server(vllm_config(servers=[url], start_s=60), tmp_path, tmp_path / "log", 0)
+            await server.start()
+            assert len(asked) == 2
+            starting = asyncio.create_task(server.start())
+            while len(asked) == 2:
+                await asyncio.sleep(0.01)
+            await server.close()
+            with pytest.raises(EngineError, match="the engine was closed"):
+                await starting
+            for writer in asked:
+                writer.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_server_that_does_not_come_up_says_why(tmp_path: Path) -> None:
