@@ -143,7 +143,6 @@ async def run_episode(
     if noise is not None:
         task = noisy_prompt(task, noise)
     state = _State(messages=list(task.prompt))
-
     session: Session | None = None
 
     def rollout(stop: StopReason, error: Failure | None = None) -> Rollout:
