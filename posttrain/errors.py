@@ -75,3 +75,8 @@ def boundary(culprit: Culprit) -> Iterator[None]:
         raise
     except Exception as error:
         raise _BOUNDARY[culprit](f"{type(error).__name__}: {error}") from error
+
+
+def in_order(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The errors in a group of groups, in the order in which they came."""
+    return [e for x in group.exceptions for e in (in_order(x) if isinstance(x, BaseExceptionGroup) else [x])]

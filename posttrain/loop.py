@@ -32,7 +32,7 @@ from typing import Any
 from posttrain import waits
 from posttrain.engine.lockstep import Lockstep
 from posttrain.engine.pinned import Pinned
-from posttrain.errors import EngineError
+from posttrain.errors import EngineError, in_order
 from posttrain.groups import (
     Group,
     Journal,
@@ -85,8 +85,8 @@ class Loop:
         self.engine: Engine = Lockstep(engine) if config.max_staleness == 0 else engine
         self.trainer, self.credit, self.source, self.run_rollout = trainer, credit, source, run_rollout
         self.journal, self.on_step, self.checkpoint, self.waits_file = journal, on_step, checkpoint, waits_file
-        shares = shares if config.quotas else None
-        self.books = Scheduler(config, version=trainer.version, shares=shares, oversample=oversample)
+        parts = shares if config.quotas else None
+        self.books = Scheduler(config, version=trainer.version, shares=parts, oversample=oversample)
         self.finished: set[int] = set()
         """Numbers of groups that are trained or dropped for good."""
         self.kept: dict[int, list[Rollout]] = {}
@@ -168,7 +168,7 @@ class Loop:
                 for helper in [*helpers, *self._playing.values()]:
                     helper.cancel()
         except BaseExceptionGroup as group:
-            first, *others = _leaves(group)
+            first, *others = in_order(group)
             for other in others:
                 log.error("%s: then also %s: %s", self.name, type(other).__name__, other)
             raise first from None
@@ -283,7 +283,8 @@ class Loop:
             assert rollout is not None  # attempts > 0
             if rollout.error is not None and rollout.error.culprit is Culprit.ENGINE:  # it serves all, or nobody
                 raise EngineError(f"{rollout.id}: {rollout.error.message}")
-            self.books.rollout_done(group.number)
+            if not self._given_up(group):  # in this very moment, before it was told to stop
+                self.books.rollout_done(group.number)
             return rollout
         finally:
             if isinstance(self.engine, Lockstep):
@@ -294,28 +295,31 @@ class Loop:
             while True:
                 await self._until(lambda: bool(self._arrived), lambda: "a finished group", self._moved)
                 group = self._arrived[0]
-                again = group.number in self._seen and len(group.kept) == len(group.rollouts)
-                await self._judge(group, [r for r in group.rollouts if r.valid], again)
-                self._arrived.remove(group)
-                self._seen.discard(group.number)
-                if not again:
-                    self._unseen.append(group)
+                if not self._given_up(group):
+                    await self._judge(group, [r for r in group.rollouts if r.valid])
+                del self._arrived[0]
                 await self._changes.tell()
 
-    async def _judge(self, group: Group, valid: Sequence[Rollout], again: bool) -> None:
+    async def _judge(self, group: Group, valid: Sequence[Rollout]) -> None:
+        number, again = group.number, group.number in self._seen and len(group.kept) == len(group.rollouts)
         if len(valid) < max(1, self._size(group.task) // 2):
-            self._drop(group.number, "dropped_invalid")
+            self._drop(number, "dropped_invalid")
             self._invalid_in_a_row += 1
             if self._invalid_in_a_row > self.config.max_invalid_groups:
                 raise RuntimeError(breaker(self.name, group, self._invalid_in_a_row))
-            return
-        self._invalid_in_a_row = 0
-        group.samples = await self._credit(group.number, valid)
-        if self.config.filter_silent and not group.samples:
-            self._drop(group.number, "filtered")
         else:
-            self.books.shelve(group.number, again)
-            self._group_at = time.monotonic()
+            self._invalid_in_a_row = 0
+            group.samples = await self._credit(number, valid)
+            if self._given_up(group):  # meanwhile
+                return
+            if self.config.filter_silent and not group.samples:
+                self._drop(number, "filtered")
+            else:
+                self.books.shelve(number, again)
+                self._group_at = time.monotonic()
+        self._seen.discard(number)
+        if not again:
+            self._unseen.append(group)
 
     async def _credit(self, number: int, valid: Sequence[Rollout]) -> list[Sample]:
         with waits.waiting(f"the credit of group {number}"):
@@ -339,8 +343,7 @@ class Loop:
             batch, staleness = self._take()
             await self._changes.tell()  # what was evicted may start again, while this step goes on
             waited = time.monotonic() - started
-            samples = [s for g in batch for s in g.samples]
-            rollouts = sum(r.valid for g in batch for r in g.rollouts)
+            samples, rollouts = [s for g in batch for s in g.samples], sum(r.valid for g in batch for r in g.rollouts)
             with waits.waiting(f"a trainer step on {len(samples)} samples"):
                 stats = await self._training.run(self.trainer.step, samples, rollouts, patience_s=c.wait_s)
             self._group_at = time.monotonic()
@@ -370,8 +373,9 @@ class Loop:
         taken = self.books.take()
         for number in taken.stale:
             self._give_up(number, "stale")
-        for number in [n for n in self.books.due() if n in self._playing]:
-            self._playing.pop(number).cancel()
+        for number in self.books.due():
+            if number in self._playing:  # else it is being judged
+                self._playing.pop(number).cancel()
             self.books.drop(number, useless=False)
             self._give_up(number, "evicted")
         batch = [self.groups[n] for n in sorted((*taken.batch, *taken.reused))]
@@ -379,6 +383,9 @@ class Loop:
             self._finish(number)
         self.groups = {n: g for n, g in self.groups.items() if n not in self.finished or n in self.books.spent}
         return batch, [max(0, self.trainer.version - oldest_version(g)) for g in batch]
+
+    def _given_up(self, group: Group) -> bool:
+        return self.groups.get(group.number) is not group
 
     def _give_up(self, number: int, why: str) -> None:
         """A group that is too old to be trained: its task starts again, on the newest version."""
@@ -388,12 +395,6 @@ class Loop:
 
     async def _load(self) -> None:
         keep = self.books.resident() if self.config.versions == "pinned" and self.config.max_staleness else ()
-        version = self.trainer.version
-        with waits.waiting(f"the engine to take version {version}"):
+        with waits.waiting(f"the engine to take version {self.trainer.version}"):
             await self.engine.load(self.trainer.publish(), keep)
-        self.books.published(version)
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    """The errors in a group of groups, in the order in which they came."""
-    return [e for x in group.exceptions for e in (_leaves(x) if isinstance(x, BaseExceptionGroup) else [x])]
+        self.books.published(self.trainer.version)
