@@ -127,8 +127,8 @@ class Loop:
             number, _ = place_of(rollout)
             if number not in self.finished:
                 self.kept.setdefault(number, []).append(rollout)
-            elif number in self.books.spent:
-                again = Group(number=number, task=rollout.task, version=self.books.spent[number].version)
+            elif (was := self.books.spent.get(number)) and not 0 <= rollout.oldest_version < was.version:  # given up
+                again = Group(number=number, task=rollout.task, version=was.version)
                 self.groups.setdefault(number, again).rollouts.append(rollout)
         if self.config.max_staleness:  # else a batch that was cut short comes out as it was, names and all
             for (number, index), rollout in [(place_of(r), r) for r in journalled]:
@@ -222,23 +222,21 @@ class Loop:
         number = min(self._again, default=self._next)
         self._again.discard(number)
         found = self.kept.pop(number, [])
-        kept = [r for r in found if self._young(r)]
+        oldest = self.books.oldest()
+        kept = [r for r in found if r.oldest_version >= oldest]
         task = self._tasks.pop(number, None)
         if task is None:
             task = self.source.task(number, self.books.world() if self.books.shares else "")
             # Of a group that started after the checkpoint, the source may give another task than in its former life.
             task = next((r.task for r in found if r.task.id != task.id), task)
         group = self.groups[number] = Group(number=number, task=task, kept=kept)
-        oldest = min((r.oldest_version for r in kept if r.oldest_version >= 0), default=None)
-        group.version = self.books.start(number, self._size(task) - len(kept), task.world, oldest).version
+        began = min((r.oldest_version for r in kept if r.oldest_version >= 0), default=None)
+        group.version = self.books.start(number, self._size(task) - len(kept), task.world, began).version
         return group
 
     def _size(self, task: Task) -> int:
         """Rollouts of a group of it."""
         return task.rollouts or self.config.group_size
-
-    def _young(self, rollout: Rollout) -> bool:
-        return self.trainer.version - rollout.oldest_version <= self.config.max_staleness
 
     def _play(self, group: Group, tasks: asyncio.TaskGroup) -> None:
         if isinstance(self.engine, Lockstep):
@@ -301,7 +299,7 @@ class Loop:
                 await self._changes.tell()
 
     async def _judge(self, group: Group, valid: Sequence[Rollout]) -> None:
-        number, again = group.number, group.number in self._seen and len(group.kept) == len(group.rollouts)
+        number, again = group.number, group.number in self._seen and bool(group.kept)
         if len(valid) < max(1, self._size(group.task) // 2):
             self._drop(number, "dropped_invalid")
             self._invalid_in_a_row += 1

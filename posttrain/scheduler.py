@@ -112,6 +112,14 @@ class Scheduler:
         self.running[number] = ticket
         return ticket
 
+    def oldest(self) -> int:
+        """Of rollouts from before a kill, the oldest version that a group which starts now may go on with: the batches
+        that come in time have room for it beside what is there."""
+        room = 0 if self._taken else self.config.groups_per_step
+        surplus = self._surplus(self._older(self.shelf, self.running))
+        full = (age for age, n in enumerate(surplus) if age and n >= room)
+        return self.version - next(full, self.config.max_staleness + 1) + 1
+
     def rollout_done(self, number: int) -> None:
         """One of its rollouts is there."""
         self.running[number].running -= 1
@@ -223,7 +231,7 @@ class Scheduler:
         picked, passed = self._share(order, count)
         # What is there and cannot wait goes, whatever its world.
         for age, surplus in reversed(list(enumerate(self._surplus(self._older(self.shelf))))):
-            lacking = surplus - self._count(picked, age)
+            lacking = min(count, surplus) - self._count(picked, age)
             for ticket in [t for t in passed if self._age(t) >= age][: max(0, lacking)]:
                 passed.remove(ticket)
                 picked = sorted([*picked[: count - 1], ticket], key=_age_order)

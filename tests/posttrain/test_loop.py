@@ -8,7 +8,6 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +17,6 @@ from posttrain.groups import derive_seed
 from posttrain.protocols import Engine
 from posttrain.types import Rollout, Sample, Task, Weights
 from tests.posttrain.counting import Boom, Counting, Source, config, shakes
-from tests.posttrain.small import rollout
 
 # Admission and staleness
 
@@ -320,134 +318,3 @@ def test_the_breaker_counts_in_a_row_only() -> None:
     parts = Counting(config(attempts=1, max_invalid_groups=1), fails=lambda i: int(i.split("/")[1]) % 2 == 1)
     parts.run()
     assert parts.logged[-1]["dropped_invalid"] >= 7
-
-
-# Resume
-
-
-@pytest.mark.parametrize("k", [0, 1, 3])
-@pytest.mark.parametrize("seed", range(3))
-def test_nothing_is_lost_and_nothing_trained_twice_after_a_kill(seed: int, k: int) -> None:
-    c = config(steps=9, groups_per_step=2, max_running=5, max_staleness=k, checkpoint_every=2)
-    first = Counting(c, latency=shakes(seed, 0.002), step_s=shakes(seed, 0.002), stop_at=5)
-    with pytest.raises(Boom, match="killed"):
-        first.run()
-    state = first.states[-1]
-    assert state["trainer"] == {"version": 4} and state["accepted"] == 8
-    assert bool(state["tasks"]) == (k > 0), "what was under way"
-    done = {n for batch in first.trained[:4] for n in batch}
-    assert done <= set(state["finished"])
-
-    second = Counting(c, latency=shakes(seed + 9, 0.002), step_s=shakes(seed + 9, 0.002), version=4)
-    loop = second.settle()
-    loop.resume(state, first.journal)
-    kept = {r.id for r in first.journal if int(r.group.split("/")[1]) not in state["finished"]}
-    assert {r.id for rs in loop.kept.values() for r in rs} == kept and kept
-    second.run(loop)
-    # The surviving history: the first life up to version 4, then the second.
-    trained = [n for batch in first.trained[:4] + second.trained for n in batch]
-    assert len(trained) == len(set(trained)) == 18
-    assert not set(state["finished"]) & {n for batch in second.trained for n in batch}
-    # What the journal held was not sampled again, and every group of it was taken up.
-    assert not kept & set(second.asked)
-    assert not loop.kept
-    given = {i for ids in second.credited for i in ids}
-    assert {i for i in kept if int(i.split("/")[1]) in set(trained)} <= given
-    lost = {n for n in range(max(trained)) if n not in trained} - loop.finished
-    assert lost <= set(loop.books.shelf) | second.started, "what is not trained or dropped was still under way"
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_after_a_kill_nobody_is_told_of_a_group_twice(seed: int) -> None:
-    """What lay on the shelf is credited again, but neither the source nor the worlds' use learns from it again."""
-    c = config(steps=9, groups_per_step=2, max_running=8, max_staleness=3, checkpoint_every=1, quotas=True)
-    slow: Any = {"latency": shakes(seed, 0.001), "step_s": lambda: 0.02, "shares": {"a": 1.0}}
-    first = Counting(c, stop_at=5, **slow)
-    loop = first.settle()
-    with pytest.raises(Boom, match="killed"):
-        first.run(loop)
-    state = first.states[-1]
-    source = loop.source
-    assert isinstance(source, Source) and state["seen"], "groups on the shelf"
-    told = {ids[0].split("/")[1] for ids in source.told[: state["source"]["told"]]}
-    assert {str(n) for n in state["seen"]} <= told
-
-    second = Counting(c, version=4, **slow)
-    loop = second.settle()
-    loop.resume(state, first.journal)
-    use = loop.books.useful["a"]
-    second.run(loop)
-    source = loop.source
-    assert isinstance(source, Source)
-    later = [ids[0].split("/")[1] for ids in source.told if ids]
-    assert not {str(n) for n in state["seen"]} & set(later) and len(later) == len(set(later))
-    assert set(state["seen"]) <= {n for batch in second.trained for n in batch}
-    assert loop.books.useful["a"] >= use
-    assert second.logged[-1]["retries"] == 0
-
-
-def test_after_a_kill_earlier_batches_are_still_there_to_be_trained_once_more() -> None:
-    """Rollouts take long, so no batch is full of groups that cannot wait: half of each was trained before."""
-    c = config(steps=6, groups_per_step=4, group_size=2, max_staleness=3, max_running=4, reuse=0.5, checkpoint_every=1)
-    first = Counting(c, latency=lambda: 0.02, stop_at=4)
-    with pytest.raises(Boom, match="killed"):
-        first.run()
-    state = first.states[-1]
-    spent = {t["number"] for t in state["books"]["spent"]}
-    assert spent
-    second = Counting(c, version=3, latency=lambda: 0.02)
-    loop = second.settle()
-    loop.resume(state, first.journal)
-    assert set(loop.books.spent) == spent == set(loop.groups)
-    second.run(loop)
-    again = Counter(n for batch in second.trained for n in batch if n in spent)
-    assert len(again) >= 2 and set(again.values()) == {1}
-    samples = {s.rollout for _, step, _ in second.stepped for s in step}
-    assert {f"s/{n}/{i}" for n in again for i in (0, 1)} <= samples
-
-
-PAST = [
-    rollout("s/0/1"),
-    rollout("s/1/0", score=None),
-    rollout("s/3/0.1", versions=(1, 1)),
-    rollout("s/3/1", versions=(1, 1)),
-]
-
-
-def test_a_half_journalled_group_is_completed() -> None:
-    parts = Counting(config(steps=2, max_staleness=2))
-    loop = parts.settle()
-    loop.resume({"finished": [], "accepted": 0}, PAST)
-    parts.run(loop)
-    assert {i for i in parts.asked if int(i.split("/")[1]) < 4} == {
-        *("s/0/0", "s/1/0.1", "s/1/1", "s/2/0", "s/2/1"),  # .1: the journal has an s/1/0 already, which failed
-    }
-    assert sorted(n for batch in parts.trained for n in batch) == [0, 1, 2, 3]
-
-
-def test_in_synchronous_mode_a_batch_is_taken_whole_or_sampled_again() -> None:
-    """Groups 0 and 1 are one batch and lack three; 2 and 3 are one and lack two; of 4 and 5 everything is there."""
-    parts = Counting(config(steps=3, max_staleness=0))
-    loop = parts.settle()
-    whole = [rollout(f"s/{n}/{i}", versions=(2, 2)) for n in (4, 5) for i in (0, 1)]
-    loop.resume({"finished": [], "accepted": 0}, [*PAST, *whole])
-    parts.run(loop)
-    assert sorted(parts.asked) == [f"s/{n}/{i}" for n in range(4) for i in (0, 1)]
-    assert parts.trained == [[0, 1], [2, 3], [4, 5]]
-
-
-def test_a_place_that_was_filled_twice_counts_once() -> None:
-    """After two kills the journal may hold two attempts at one place; the later one is what the later life used."""
-    parts = Counting(config(steps=1, groups_per_step=1, max_staleness=1, max_running=1))
-    loop = parts.settle()
-    loop.resume({"finished": [], "accepted": 0}, [rollout("s/0/0.1"), rollout("s/0/1"), rollout("s/0/0")])
-    parts.run(loop)
-    assert parts.credited[0] == ["s/0/0", "s/0/1"]
-
-
-def test_a_run_that_is_done_does_nothing() -> None:
-    parts = Counting(config(), version=4)
-    loop = parts.settle()
-    loop.resume({"finished": list(range(8)), "accepted": 8}, [])
-    parts.run(loop)
-    assert parts.asked == [] and parts.stepped == []
