@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from posttrain.engine.one_token import attend_one_token
 from posttrain.errors import UserError
 from posttrain.packing import only_full_attention, refuse_unknown
 from posttrain.prepare import compile_layers
@@ -33,17 +34,13 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for attention. For one token, products over the queries of each head of keys: they are
-    fused with what surrounds them, and keys and values are not repeated."""
+    """What transformers calls for attention."""
     refuse_unknown("engine.compile", **kwargs)
-    batch, _heads, tokens, size = query_BHTd.shape
-    scale = size**-0.5 if scaling is None else scaling
-    if tokens > 1:
+    scale = query_BHTd.shape[3] ** -0.5 if scaling is None else scaling
+    if query_BHTd.shape[2] > 1:
         options: Any = {"attn_mask": mask_B1TS, "scale": scale, "enable_gqa": True}
         return scaled_dot_product_attention(query_BHTd, key_BhSd, value_BhSd, **options).transpose(1, 2), None
-    grouped_Bhgd = query_BHTd.reshape(batch, key_BhSd.shape[1], -1, size)
-    scores_BhgS = grouped_Bhgd @ key_BhSd.transpose(2, 3) * scale + mask_B1TS
-    return (scores_BhgS.softmax(-1) @ value_BhSd).reshape(batch, 1, -1, value_BhSd.shape[3]), None
+    return attend_one_token(query_BHTd, key_BhSd, value_BhSd, mask_B1TS, scale), None
 
 
 def enable(model: Any) -> None:

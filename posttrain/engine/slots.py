@@ -74,14 +74,12 @@ def lay_out(
 ) -> Rows:
     """Places ``tokens`` at the columns from ``starts`` on, for the forward that comes next; a row without tokens is
     idle. At least ``end`` columns will be visible."""
-    lengths = [len(t) for t in tokens]
-    width = max(lengths)
-    ids_BT = torch.tensor([[*t, *[0] * (width - n)] for t, n in zip(tokens, lengths, strict=True)])
-    columns = [
-        [*range(start, start + n), *[cache.trash_column] * (width - n)]
-        for start, n in zip(starts, lengths, strict=True)
-    ]
-    columns_BT = torch.tensor(columns)
+    lengths_B = np.array([len(t) for t in tokens])
+    new_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
+    ids = np.zeros(new_BT.shape, dtype=np.int64)
+    ids[new_BT] = [token for row in tokens for token in row]
+    columns = np.where(new_BT, np.array(starts)[:, None] + np.arange(new_BT.shape[1]), cache.trash_column)
+    ids_BT, columns_BT = torch.from_numpy(ids), torch.from_numpy(columns)
     positions_BT = columns_BT.masked_fill(columns_BT == cache.trash_column, 0)
     end = max(end, int(positions_BT.max()) + 1)
     visible = min(-(-end // _COLUMN_STEP) * _COLUMN_STEP, cache.max_columns)
@@ -90,7 +88,7 @@ def lay_out(
     mask_B1TS = torch.zeros(hidden_B1TS.shape).masked_fill_(hidden_B1TS, torch.finfo(torch.float32).min)
     rows_B = torch.tensor([s.index for s in slots])
     cache.place(rows_B, columns_BT, visible, all(s.index == row for row, s in enumerate(slots)))
-    return Rows(ids_BT, positions_BT, mask_B1TS, torch.tensor(lengths) - 1)
+    return Rows(ids_BT, positions_BT, mask_B1TS, torch.from_numpy(lengths_B) - 1)
 
 
 def chunks(work: Sequence[tuple[Slot, int]]) -> Iterator[list[Slot]]:

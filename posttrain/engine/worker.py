@@ -251,9 +251,12 @@ class Scheduler:
         out = self._forward(model, slots, tokens, [len(s.context) - 1 for s in slots])
         rows = [row for row, slot in enumerate(slots) if slot.request is not None]
         drafts = [drafts[row] for row in rows]
-        places = [(row, place) for row, draft in zip(rows, drafts, strict=True) for place in range(len(draft) + 1)]
-        logits_NV = out.logits[[row for row, _ in places], [place for _, place in places]].float()
-        sampled = self._sample(running, drafts, logits_NV)
+        if out.logits.shape[1] == 1:
+            logits_NV = out.logits[:, 0] if len(rows) == len(slots) else out.logits[rows, 0]
+        else:
+            places = [(row, place) for row, draft in zip(rows, drafts, strict=True) for place in range(len(draft) + 1)]
+            logits_NV = out.logits[[row for row, _ in places], [place for _, place in places]]
+        sampled = self._sample(running, drafts, logits_NV.float())
         if self.drafter is not None:
             for slot, row, draft, taken in zip(running, rows, drafts, sampled, strict=True):
                 self.drafter.judged(slot, draft, out.last_hidden_state[row], taken)
@@ -281,6 +284,10 @@ class Scheduler:
     def _sample(self, slots: Sequence[Slot], drafts: Sequence[Sequence[int]], logits_NV: Tensor) -> list[list[int]]:
         """Extend each slot by the policy's own tokens, from the logits after its context and after each of its drafts:
         as long as they are the drafts, and one more. Returns them."""
+        if not any(drafts):
+            token_N, logprob_N = draw(logits_NV, slots, [0] * len(slots))
+            drawn = zip(slots, token_N.tolist(), logprob_N.tolist(), strict=True)
+            return [self._extend(slot, ((token, logprob),)) for slot, token, logprob in drawn]
         places = [(slot, place) for slot, draft in zip(slots, drafts, strict=True) for place in range(len(draft) + 1)]
         token_N, logprob_N = draw(logits_NV, [slot for slot, _ in places], [place for _, place in places])
         drawn = iter(zip(token_N.tolist(), logprob_N.tolist(), strict=True))
