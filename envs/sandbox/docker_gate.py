@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from docker import DockerClient
-from docker.errors import NotFound
+from docker.errors import DockerException, NotFound
 from docker.models.containers import Container
 from docker.types import LogConfig, Ulimit
 
@@ -175,7 +175,8 @@ def _start(client: DockerClient, program: str, run: str, *, environment: dict[st
         alive = client.api.attach_socket(str(container.id), params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
         container.start()
     except BaseException:
-        container.remove(force=True, v=True)
+        with contextlib.suppress(DockerException, OSError):  # the engine may have removed what did not start
+            container.remove(force=True, v=True)
         raise
     keeper = _Keeper(container, alive)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 import shlex
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ async def open_box(task: TerminalTask, defaults: DockerConfig) -> TaskBox:
         if entered.exit_code:
             raise SandboxError(f"{task.name}: its folder {workdir} is not in the image: {entered.stderr[:200]}")
     except BaseException:
-        await sandbox.close()
+        with contextlib.suppress(SandboxError):  # what went wrong first is told; a cancellation stays one
+            await sandbox.close()
         raise
     return TaskBox(sandbox, workdir)
 

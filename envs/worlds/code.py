@@ -6,6 +6,7 @@ process, file or interpreter of the model's can have touched, and what the code 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Mapping, Sequence
 from random import Random
 from typing import ClassVar, Literal
@@ -17,7 +18,7 @@ from envs.code.pipelines import Op, line, source
 from envs.code.repository import BUGS, Case, Repository, break_ops, draw_repository
 from envs.sandbox import MontyConfig, SandboxConfig, open_sandbox
 from envs.worlds.base import GOOD, Draft, Script, ScriptedWorld, WorldOptions, arguments, say, use, user
-from posttrain.errors import ToolError, WorldError
+from posttrain.errors import SandboxError, ToolError, WorldError
 from posttrain.protocols import Sandbox
 from posttrain.types import Limits, Message, Task, Tool, ToolCall
 
@@ -247,7 +248,8 @@ class Code(ScriptedWorld):
             for path, text in task.files.items():
                 await sandbox.write(path, text.encode())
         except BaseException:
-            await sandbox.close()
+            with contextlib.suppress(SandboxError):  # what went wrong first is told; a cancellation stays one
+                await sandbox.close()
             raise
         return CodeSession(task, sandbox, self.config)
 

@@ -212,6 +212,8 @@ def test_an_unknown_tool_is_text_for_the_model(session: Session) -> None:
 
 
 def test_wrong_arguments_are_text_for_the_model(session: Session) -> None:
+    if not session.tools:
+        pytest.skip("the world has no tools")
     for tool in session.tools:
         right = dict.fromkeys(tool.parameters, "ash")
         assert _refused(session, tool.name, **right, extra="x") == "error: no extra"

@@ -224,7 +224,9 @@ def test_obfuscation_hides_names_then_numbers_then_years() -> None:
     def texts(obfuscate: int) -> list[tuple[Plan, str]]:
         rng = Random(obfuscate)
         drawn = [draw(corpus, 2, obfuscate, 0.3, rng) for _ in range(200)]
-        return [(q.plan, phrase(q.plan, "prose")) for q in drawn if q is not None]
+        found = [(q.plan, phrase(q.plan, "prose")) for q in drawn if q is not None]
+        assert len(found) > 100
+        return found
 
     def named(text: str) -> bool:
         words = re.findall("[a-z]+", text)

@@ -195,8 +195,10 @@ def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(budget: BudgetConfi
 def test_the_state_has_at_most_a_record_a_task_and_a_pool() -> None:
     source = stream(budget=BudgetConfig(min=2, max=9, pool=5))
     play(source, range(1500), [])
-    for state in source.state().values():
-        assert len(state["records"]) <= 20 and len(state["queue"]) < 5 + 4
+    states = source.state()
+    assert states.keys() == {"a", "b"}
+    for state in states.values():
+        assert 0 < len(state["records"]) <= 20 and len(state["queue"]) < 5 + 4
 
 
 def test_without_a_curriculum_all_is_as_before() -> None:
