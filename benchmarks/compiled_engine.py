@@ -19,8 +19,9 @@ from random import Random
 import torch
 from small_model import make_model
 
+from posttrain.engine.batching import Scheduler
 from posttrain.engine.slots import Request
-from posttrain.engine.worker import Scheduler, load_model
+from posttrain.engine.worker import load_model
 from posttrain.types import Sampling
 
 PROMPT, TOKENS, SIZE = 16, 48, 8

@@ -135,8 +135,8 @@ def _steps(fields: dict[str, Any], config: dict[str, Any], longest: int, folder:
 
 def _rollouts(fields: dict[str, Any], config: dict[str, Any], longest: int, folder: Path) -> None:
     """Every slot to its end."""
+    from posttrain.engine.batching import Scheduler
     from posttrain.engine.slots import Request
-    from posttrain.engine.worker import Scheduler
     from posttrain.types import Sampling
 
     slots = config["slots"]

@@ -30,9 +30,10 @@ from experts.demonstrations import dataset, demonstrations, encode, texts
 from fusion.config import PipelineConfig
 from posttrain.chat import Chat, train_tokenizer
 from posttrain.config import load
+from posttrain.engine.batching import Scheduler
 from posttrain.engine.slots import Request
 from posttrain.engine.speculative import DraftCounts
-from posttrain.engine.worker import Scheduler, load_model
+from posttrain.engine.worker import load_model
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.optim import make_optimizer
 from posttrain.settings import Longcat2Model

@@ -179,7 +179,9 @@ class FolderOutlet:
 
     def __init__(self, root: Path, *, last: int = 2, adapters: bool = False) -> None:
         self.root, self._last, self._adapters = root, last, adapters
-        self._there: list[Path] = []
+        # Those that a process left which was killed go first.
+        left = [p for p in root.glob("v*") if p.name[1:].isdigit()]
+        self._there = sorted(left, key=lambda p: int(p.name[1:]))
 
     def put(self, policy: Published) -> str:
         """See ``Outlet``."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.engine import worker
+from posttrain.engine.slots import Request
 from posttrain.engine.speculative import DraftCounts
 from posttrain.errors import EngineError, UserError
 from posttrain.types import Completion, Sampling, Weights
@@ -30,7 +31,7 @@ class LocalEngine:
         self._process, self._pipe, self._timeout_s = process, pipe, timeout_s
         self._keys = itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
-        self._outbox: list[worker.Request] = []
+        self._outbox: list[Request] = []
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._counts = DraftCounts()
         self._resident: tuple[int, ...] = (0,)
@@ -78,8 +79,12 @@ class LocalEngine:
         future = self._expect(key)
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._outbox.append(worker.Request(id=key, ids=tuple(ids), sampling=sampling))
-        return await self._wait(future, f"a completion of at most {sampling.max_tokens} tokens", key)
+        self._outbox.append(Request(id=key, ids=tuple(ids), sampling=sampling))
+        try:
+            return await self._wait(future, f"a completion of at most {sampling.max_tokens} tokens", key)
+        finally:
+            if future.cancelled():
+                self._forget(key)
 
     async def load(self, weights: Weights, keep: Collection[int] = ()) -> None:
         """See the protocol. Taken between two tokens. What is not resident cannot be kept, nor an earlier version of
@@ -132,8 +137,15 @@ class LocalEngine:
 
     def _flush(self) -> None:
         batch, self._outbox = self._outbox, []
-        if not self._closed:
+        if batch and not self._closed:
             self._send(("generate", batch))
+
+    def _forget(self, key: int) -> None:
+        """Nobody waits for that completion any more: its slot is for others."""
+        unsent = [r for r in self._outbox if r.id == key]
+        self._outbox = [r for r in self._outbox if r.id != key]
+        if not unsent and not self._closed:
+            self._send(("forget", key))
 
     def _send(self, message: tuple[Any, ...]) -> None:
         try:

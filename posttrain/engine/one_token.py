@@ -25,7 +25,9 @@ def _library(group: int, key_size: int, value_size: int) -> CDLL:
 
     sizes = f"#define GROUP {group}\n#define KEY {key_size}\n#define VALUE {value_size}\n"
     source = sizes + _SOURCE.read_text(encoding="utf-8")
-    return CppCodeCache.load(source, extra_flags=_FLAGS)
+    library = CppCodeCache.load(source, extra_flags=_FLAGS)
+    torch.set_flush_denormal(False)  # what is linked with -ffast-math turns it on in this thread (gcc before 13)
+    return library
 
 
 @torch.library.custom_op("posttrain::attend_one_token", mutates_args=(), device_types="cpu")

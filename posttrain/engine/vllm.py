@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _STICKY = 64
 """Tokens at the beginning by which a request finds the replica that has seen them."""
 _TRIES = 3
-"""For a change of weights whose connection is lost though the server lives."""
+"""For what is not answered though the server lives."""
 _SPILL = 8
 """More requests than another one's that a replica may have before it is too many."""
 
@@ -72,6 +72,8 @@ class _Partial:
     ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     versions: list[int] = field(default_factory=list[int])
+    lost: int = 0
+    """Times in a row that it was not answered by a server which says that it is well."""
 
 
 class VllmEngine:
@@ -96,8 +98,10 @@ class VllmEngine:
         engine = cls(config, model, work)
         try:
             await _together(engine._begin(replica) for replica in engine._replicas)
-        except BaseException:
+        except BaseException as error:
             await engine.close()
+            if isinstance(error, ServerGone):
+                raise EngineError(str(error)) from None
             raise
         return engine
 
@@ -134,7 +138,7 @@ class VllmEngine:
         replica.running[name] = sampling.version
         body = {
             "request_id": name,
-            "model": f"v{version}" if version in replica.adapters else NAME,
+            "model": f"v{version}" if self._adapted(replica, version) else NAME,
             "token_ids": [*ids, *found.ids],
             "cache_salt": f"version {version if replica.full is None else replica.full}",
             "sampling_params": {
@@ -152,6 +156,10 @@ class VllmEngine:
             reply = await replica.server.post("/inference/v1/generate", body)
         except ServerGone as error:
             await self._revive(replica, life, error)
+            found.lost = found.lost + 1 if replica.lives == life else 0
+            if found.lost >= _TRIES:
+                raise EngineError(f"{error}; it says that it is well, but not so {_TRIES} times") from None
+            await asyncio.sleep(found.lost)
             return "abort"
         except Refused:
             if version in replica.versions:
@@ -159,6 +167,7 @@ class VllmEngine:
             return self._moved(sampling.version)  # its adapter went while this was on its way
         finally:
             del replica.running[name]
+        found.lost = 0
         return self._take(reply["choices"][0], sampling.version, version, found)
 
     def _take(self, choice: dict[str, Any], pinned: int | None, version: int, found: _Partial) -> str:
@@ -258,7 +267,8 @@ class VllmEngine:
         """Do that to the replica. One that is dead starts anew, with all that it shall serve, and then it is done."""
         last: ServerGone | None = None
         for _ in range(_TRIES):
-            life = replica.lives
+            async with replica.reviving:  # one that starts anew may have begun on what it had before
+                life = replica.lives
             try:
                 return await what(replica, *args)
             except ServerGone as error:
@@ -285,8 +295,12 @@ class VllmEngine:
             replica.full = version
             await replica.server.post("/resume")
 
+    def _adapted(self, replica: _Replica, version: int) -> bool:
+        """Whether it serves the version as an adapter; else it is its full weights, or the adapters' base."""
+        return replica.full is None and replica.versions[version] != str(self._model)
+
     async def _add_adapter(self, replica: _Replica, version: int, folder: str) -> None:
-        if folder != str(self._model):
+        if self._adapted(replica, version):
             again = version in replica.adapters
             body = {"lora_name": f"v{version}", "lora_path": folder, "load_inplace": again}
             await replica.server.post("/v1/load_lora_adapter", body)
@@ -334,8 +348,13 @@ class VllmEngine:
             await replica.server.kill()
             try:
                 await self._begin(replica)
-            except ServerGone as again:
-                raise EngineError(str(again)) from None
+            except BaseException as again:  # it answers, but has not all of its weights: nobody may take it for well
+                await replica.server.kill()
+                if isinstance(again, asyncio.CancelledError):
+                    replica.deaths -= 1  # given up by who asked, and no fault of the server's
+                if isinstance(again, ServerGone):
+                    raise EngineError(str(again)) from None
+                raise
             replica.lives += 1
 
     async def close(self) -> None:

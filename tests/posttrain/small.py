@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.engine.worker import Scheduler
+from posttrain.engine.batching import Scheduler
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.objective_settings import ClippedLoss, LossConfig
 from posttrain.settings import TrainerConfig
@@ -125,7 +125,7 @@ class InProcessEngine:
         self._pump_task: asyncio.Task[None] | None = None
 
     async def generate(self, ids: Sequence[int], sampling: Sampling) -> Completion:
-        from posttrain.engine.worker import Request
+        from posttrain.engine.slots import Request
 
         key, future = next(self._keys), asyncio.get_running_loop().create_future()
         self._waiting[key] = future

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from posttrain.engine import slots, worker
+from posttrain.engine.batching import Scheduler
 from posttrain.engine.local import LocalEngine
-from posttrain.engine.worker import Request, Scheduler
+from posttrain.engine.slots import Request
 from posttrain.errors import EngineError, UserError
 from posttrain.types import Completion, Sampling, Weights
 from tests.model.longcat2_tiny import LSA
@@ -317,6 +318,56 @@ def test_a_group_shares_one_prefill() -> None:
     assert [c.ids for c in together] == [serve(Scheduler(MODEL, 1, 128), [r])[0].ids for r in group]
     assert gap(MODEL, group, together) < TOLERANCE
     assert len({c.ids for c in together}) == 6
+
+
+def test_what_is_forgotten_leaves_its_slot_at_once_and_what_follows_is_as_ever() -> None:
+    """One that runs, one that waits, one that has ended: the first one's row is continued like any other's."""
+    scheduler = Scheduler(MODEL, 2, 128)
+    witness, forgotten, waiting = (request(i, make_ids(Random(i), 20 + i), 12, i) for i in range(3))
+    scheduler.submit([witness, forgotten, waiting])
+    for _ in range(4):
+        scheduler.step()
+    context = scheduler.slots[1].context
+    begun = tuple(context)
+    for number in (1, 2, 99):
+        scheduler.forget(number)
+    assert not scheduler.pending and scheduler.free == [scheduler.slots[1]]
+    after = request(3, (*begun, 7), 5, 3)
+    counting = Counting(MODEL)
+    scheduler.resident._models[0] = counting
+    scheduler.submit([after])
+    scheduler.step()
+    assert counting.shapes[0] == (1, 2), "the token sampled last, and the new one"
+    while scheduler.busy:
+        scheduler.step()
+    done = dict(scheduler.done)
+    assert sorted(done) == [0, 3]
+    assert gap(MODEL, [witness, after], [done[0], done[3]]) < TOLERANCE
+    scheduler.forget(3)
+    assert sorted(slot.index for slot in scheduler.free) == [0, 1], "twice is once"
+
+
+def test_whoever_gives_up_waiting_frees_a_slot(folder: Path) -> None:
+    """Of two slots one is taken by what is asked for until the end, the other by what nobody waits for any more. It is
+    free before the first one ends, which it would not be if the second, as long, went on."""
+
+    async def run() -> None:
+        engine = await LocalEngine.start(folder, slots=2, max_context=4000, timeout_s=120)
+        try:
+            long = Sampling(max_tokens=3900, seed=1)
+            stays, goes = (asyncio.create_task(engine.generate((3, 4, i), long)) for i in (5, 6))
+            await asyncio.sleep(0.05)  # so that both have begun, most likely
+            goes.cancel()
+            unsent = asyncio.create_task(engine.generate((3, 4, 8), long))
+            await asyncio.sleep(0)
+            unsent.cancel()
+            found = await engine.generate((3, 4, 9), Sampling(max_tokens=4, seed=1))
+            assert len(found.ids) == 4 and not stays.done()
+            stays.cancel()
+        finally:
+            await engine.close()
+
+    asyncio.run(run())
 
 
 def test_idle_rows_change_nothing() -> None:

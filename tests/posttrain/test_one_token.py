@@ -91,3 +91,9 @@ def test_what_it_cannot_read_is_refused(turn: str) -> None:
     keys = keys.double() if turn == "float64" else keys.transpose(2, 3).contiguous().transpose(2, 3)
     with pytest.raises(AssertionError, match="float32"):
         attend_one_token(query, keys, values, mask, 0.3)
+
+
+def test_its_flags_are_its_own() -> None:
+    """What is linked with -ffast-math would have all of the thread's arithmetic flush small numbers to zero."""
+    attend_one_token(*inputs(2, 2, 3, 3), 0.3)  # of sizes that no other test has: built or loaded now
+    assert torch.tensor(1e-40).mul(1.0).item() > 0 and 5e-324 * 1.0 > 0

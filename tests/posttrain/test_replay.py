@@ -16,8 +16,8 @@ from torch import Tensor
 
 from experts.credit import samples_of
 from posttrain.batch import pack
+from posttrain.engine.batching import Scheduler
 from posttrain.engine.slots import Request
-from posttrain.engine.worker import Scheduler
 from posttrain.errors import UserError
 from posttrain.journal import rollout_from_dict, rollout_to_dict
 from posttrain.model.layer import LayerReplay

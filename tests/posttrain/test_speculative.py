@@ -16,11 +16,11 @@ import pytest
 import scipy.stats
 import torch
 
+from posttrain.engine.batching import Scheduler
 from posttrain.engine.local import LocalEngine
 from posttrain.engine.sampling import draw
 from posttrain.engine.slots import Request, Slot
 from posttrain.engine.speculative import DraftCounts, Drafter
-from posttrain.engine.worker import Scheduler
 from posttrain.errors import UserError
 from posttrain.types import Completion, Sampling
 from tests.model.longcat2_tiny import LSA, MTP, SlotCache, tiny, tokens

@@ -19,10 +19,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain.engine.batching import Scheduler
 from posttrain.engine.local import LocalEngine
 from posttrain.engine.slots import Request
 from posttrain.engine.start import start_engine
-from posttrain.engine.worker import Scheduler
 from posttrain.errors import EngineError
 from posttrain.settings import LocalEngineConfig
 from posttrain.types import Completion, Sampling, Weights

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
-from posttrain.weights import SHM, HeldOutlet, SharedWeights, fingerprint, read_into, state_of
+from posttrain.weights import SHM, FolderOutlet, HeldOutlet, SharedWeights, fingerprint, read_into, state_of
 from tests.posttrain.tiny import make_model, trainer_of
 
 
@@ -72,6 +72,25 @@ def test_a_folder_arrives_bit_for_bit(kind: str, tmp_path: Path) -> None:
     source.save_pretrained(tmp_path)
     read_into(target, str(tmp_path))
     assert same(state_of(source), state_of(target))
+
+
+def test_folders_that_a_killed_process_left_go_as_if_they_were_this_ones(tmp_path: Path) -> None:
+    """It had put versions 3 to 12, and a checkpoint at 10 goes on."""
+    root = tmp_path / "weights"
+    policy = trainer_of(make_model("llama"))
+    for version in (9, 12):
+        policy.version = version
+        FolderOutlet(root).put(policy)
+    (root / "vllm-0.log").touch()
+    outlet = FolderOutlet(root, last=2)
+    there: list[list[str]] = []
+    for version in (10, 11, 12, 13):
+        policy.version = version
+        outlet.put(policy)
+        there.append(sorted(p.name for p in root.glob("v[0-9]*")))
+    assert there == [["v10", "v12"], ["v10", "v11"], ["v11", "v12"], ["v12", "v13"]]
+    outlet.close()
+    assert [p.name for p in root.iterdir()] == ["vllm-0.log"]
 
 
 def test_close_removes_the_block_once_and_only_by_its_maker() -> None:
