@@ -177,7 +177,9 @@ class _Steps:
             self._restore(torch.load(self.path, weights_only=True))
         elif self.noise is not None:
             self.noise.load_state_dict(begin["noise"])
-        if _rolls_back(stage) and not self.good_path.exists():
+        if not _rolls_back(stage):
+            self.good_path.unlink(missing_ok=True)  # it would be an old one when a rule asks for one again
+        elif not self.good_path.exists():
             save_state(self._whole({**self.state, "trainer": trainer.state()}), self.good_path)
         show(completed=trainer.version)
 

@@ -15,7 +15,7 @@ from experts.train import ADAPTER
 from fusion.teachers import pack_support
 from posttrain import waits
 from posttrain.engine.vllm_server import NAME, Server, ServerGone
-from posttrain.errors import EngineError, UserError
+from posttrain.errors import EngineError, UserError, in_order
 from posttrain.settings import VllmEngineConfig
 from posttrain.types import Support, TeacherScores
 
@@ -90,7 +90,8 @@ async def start_teachers(
     always: Sequence[int] = (),
 ) -> dict[str, ServedTeacher]:
     """A teacher for every domain of ``folders``, with a support as in ``ServedTeacher``; ``stack`` closes their
-    servers. Raises UserError if one was not trained as an adapter and shall be served as one."""
+    servers. Raises UserError if one was not trained as an adapter and shall be served as one, or vLLM is not to be
+    had, and EngineError if a server does not come up."""
     loop, found = asyncio.get_running_loop(), dict[str, ServedTeacher]()
     # A sequence that fills the context is scored too, and vLLM always samples a token after it.
     room: dict[str, Any] = {"max_context": config.max_context + 1}
@@ -107,9 +108,13 @@ async def start_teachers(
     different = list(dict.fromkeys(servers.values()))
     for server in different:
         stack.push_async_callback(server.close)
-    async with asyncio.TaskGroup() as tasks:
-        for server in different:
-            tasks.create_task(_start(server, always))
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for server in different:
+                tasks.create_task(_start(server, always))
+    except BaseExceptionGroup as group:
+        first = in_order(group)[0]
+        raise (EngineError(str(first)) if isinstance(first, ServerGone) else first) from None
     for domain, folder in folders.items():
         where = await _load_adapter(servers[domain], domain, folder) if one else folder
         name = domain if one else NAME

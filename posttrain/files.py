@@ -93,9 +93,11 @@ def sweep(folder: str | Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it is there: a folder at once, so that nobody takes half of it for a whole one."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        gone = _beside(path)
+        os.rename(path, gone)
+        shutil.rmtree(gone)
     else:
         path.unlink(missing_ok=True)
 
@@ -116,10 +118,14 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint that is either whole or absent."""
     import torch
 
-    temporary = path.with_suffix(".partial")
+    temporary = _beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with needs_room(path), open(temporary, "wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with needs_room(path), open(temporary, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -162,11 +162,10 @@ class Loop:
             async with asyncio.TaskGroup() as tasks:
                 who, every = f"{self.name}: learn", min(_LOG_S, self.config.wait_s / 10)
                 telling = waits.telling(self.waits_file, self._queues, who, every)
-                helpers = [tasks.create_task(x) for x in (self._produce(tasks), self._collect(), telling)]
-                with waits.acting(who):
-                    await self._learn()
-                for helper in [*helpers, *self._playing.values()]:
-                    helper.cancel()
+                helpers = list[asyncio.Task[None]]()
+                with waits.acting(who):  # a task too: a group puts an error of its own body last, whenever that came
+                    tasks.create_task(self._learn(helpers))
+                helpers += [tasks.create_task(x) for x in (self._produce(tasks), self._collect(), telling)]
         except BaseExceptionGroup as group:
             first, *others = in_order(group)
             for other in others:
@@ -227,8 +226,9 @@ class Loop:
         task = self._tasks.pop(number, None)
         if task is None:
             task = self.source.task(number, self.books.world() if self.books.shares else "")
-            # Of a group that started after the checkpoint, the source may give another task than in its former life.
-            task = next((r.task for r in found if r.task.id != task.id), task)
+            # Of a group that started after the checkpoint, the source may give another task, or another size, than in
+            # its former life.
+            task = next((r.task for r in found if (r.task.id, r.task.rollouts) != (task.id, task.rollouts)), task)
         group = self.groups[number] = Group(number=number, task=task, kept=kept)
         began = min((r.oldest_version for r in kept if r.oldest_version >= 0), default=None)
         group.version = self.books.start(number, self._size(task) - len(kept), task.world, began).version
@@ -333,7 +333,7 @@ class Loop:
         self.finished.add(number)
         self._attempts.pop(number, None)
 
-    async def _learn(self) -> None:
+    async def _learn(self, helpers: Sequence[asyncio.Task[None]]) -> None:
         c = self.config
         while self.trainer.version < c.steps:
             started = time.monotonic()
@@ -358,6 +358,8 @@ class Loop:
             if self.trainer.version % c.checkpoint_every == 0 or self.trainer.version == c.steps:
                 self.checkpoint(self.state())
             await self._changes.tell()
+        for other in [*helpers, *self._playing.values()]:
+            other.cancel()
 
     def _wanted(self) -> str:
         """What the trainer waits for."""

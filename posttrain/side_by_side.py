@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -17,11 +20,30 @@ T = TypeVar("T")
 
 
 class SideBySide:
-    """Threads that compute gradients."""
+    """Threads that compute gradients. Not those of an executor, which a process waits for when it ends, though one
+    hangs."""
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="micro-batch")
+        self._work = SimpleQueue[Callable[[], None] | None]()
+        for number in range(count):
+            Thread(target=self._go_on, daemon=True, name=f"micro-batch-{number}").start()
+
+    def _go_on(self) -> None:
+        while (job := self._work.get()) is not None:
+            job()
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        future = Future[T]()
+
+        def job() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._work.put(job)
+        return future
 
     def accumulate(
         self, parameters: Sequence[nn.Parameter], losses: Sequence[Callable[[], tuple[Tensor, T]]]
@@ -46,7 +68,7 @@ class SideBySide:
             for loss in losses:
                 if len(begun) == self._count:
                     yield add()
-                begun.append(self._pool.submit(work, loss))
+                begun.append(self._submit(partial(work, loss)))
             while begun:
                 yield add()
         finally:
@@ -54,8 +76,9 @@ class SideBySide:
                 other.exception()
 
     def close(self) -> None:
-        """Idempotent."""
-        self._pool.shutdown(cancel_futures=True)
+        """The threads end after what they are at; idempotent."""
+        for _ in range(self._count):
+            self._work.put(None)
 
 
 __all__ = ["SideBySide"]

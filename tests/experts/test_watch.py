@@ -184,6 +184,12 @@ def test_a_roll_back_ends_with_the_good_weights_and_goes_on(bench: Bench) -> Non
     assert state(run)["finished"] == list(range(32))
     assert all(r["reward"] >= 0.5 for r in records(run))
 
+    # A life in which no rule rolls back takes the good checkpoint away: it grows old, and is none for a later life.
+    good = run.checkpoint("expert-toy") / "good.pt"
+    assert good.exists()
+    bench.run("rolled", bench.stage(WatchConfig()))
+    assert not good.exists()
+
     by_hand = bench.run("by_hand", bench.stage(WatchConfig(), steps=6))
     save_state(rolled_back(state(by_hand), BROKEN, 2, 0.5), by_hand.checkpoint("expert-toy") / "state.pt")
     bench.run("by_hand", bench.stage(WatchConfig()))

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain.errors import EngineError
 from posttrain.groups import derive_seed
 from posttrain.protocols import Engine
 from posttrain.types import Rollout, Sample, Task, Weights
@@ -235,6 +236,23 @@ def test_a_crash_ends_the_other_rollouts_of_the_group() -> None:
     with pytest.raises(Boom, match="s/0/2"):
         parts.run(loop)
     assert parts.open == 0 and parts.journal == []
+
+
+def test_what_went_wrong_first_is_told_though_a_clean_up_fails_later() -> None:
+    """Else a pause or a roll back would pass for an engine that died."""
+    parts = Counting(config(max_staleness=2, max_running=2), boom="on_step", latency=lambda: 0.005)
+    plain = parts.play
+
+    async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        try:
+            return await plain(engine, task, rollout_id, group, seed)
+        except asyncio.CancelledError:
+            raise EngineError("the clean-up failed") from None
+
+    loop = parts.settle()
+    loop.run_rollout = play
+    with pytest.raises(Boom, match="on_step"):
+        parts.run(loop)
 
 
 @pytest.mark.parametrize("k", [0, 2])

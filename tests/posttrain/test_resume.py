@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from posttrain.groups import place_of
-from posttrain.types import Rollout
+from posttrain.types import Rollout, Sample
 from tests.posttrain.counting import Boom, Counting, Source, config, shakes
-from tests.posttrain.small import rollout
+from tests.posttrain.small import TASK, rollout
 
 
 @pytest.mark.parametrize("k", [0, 1, 3])
@@ -55,7 +58,14 @@ def test_after_a_kill_nobody_is_told_of_a_group_twice(seed: int, invalid: bool) 
     if invalid:
         slow["fails"] = lambda rollout_id: place_of(rollout(rollout_id))[1] == 1
     first = Counting(c, stop_at=5, **slow)
-    loop = first.settle()
+    loop, step = first.settle(), first.step
+
+    def patient(samples: Sequence[Sample], num_rollouts: int) -> dict[str, float]:
+        while not loop.books.shelf:  # however busy the machine is
+            time.sleep(0.001)
+        return step(samples, num_rollouts)
+
+    first.step = patient  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(Boom, match="killed"):
         first.run(loop)
     state = first.states[-1]
@@ -115,6 +125,26 @@ def test_a_half_journalled_group_is_completed() -> None:
         *("s/0/0", "s/1/0.1", "s/1/1", "s/2/0", "s/2/1"),  # .1: the journal has an s/1/0 already, which failed
     }
     assert sorted(n for batch in parts.trained for n in batch) == [0, 1, 2, 3]
+
+
+def test_a_group_that_comes_in_another_size_keeps_the_one_that_it_began_with() -> None:
+    """The source, which plans anew, gives the same task to a smaller group. Of eight rollouts four are there."""
+    task = replace(TASK, rollouts=8)
+    there = [replace(rollout(f"s/0/{i}"), task=task) for i in (0, 5, 6, 7)]
+    parts = Counting(config(steps=1, groups_per_step=1, max_staleness=1, max_running=1))
+    loop = parts.settle()
+    loop.source = Source(lambda number: replace(parts.task(number), rollouts=5))
+    loop.resume({"finished": [], "accepted": 0}, there)
+    left, done = list[int](), loop.books.rollout_done
+
+    def count(number: int) -> None:
+        done(number)
+        left.append(loop.books.running[number].running)
+
+    loop.books.rollout_done = count  # pyright: ignore[reportAttributeAccessIssue]
+    parts.run(loop)
+    assert left[:4] == [3, 2, 1, 0] and min(left) == 0
+    assert parts.credited[0] == [f"s/0/{i}" for i in range(8)]
 
 
 def test_in_synchronous_mode_a_batch_is_taken_whole_or_sampled_again() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from posttrain.config import Config, digest
 from posttrain.errors import UserError
-from posttrain.files import new_folder, sweep, write_json, write_text
+from posttrain.files import new_folder, remove, save_state, sweep, write_json, write_text
 from posttrain.run import RunDir, start_logging
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,35 @@ def test_sweep_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
     (tmp_path / ".hidden").touch()
     sweep(tmp_path)
     assert tree(tmp_path) == [".hidden", "w", "w/x"]
+
+
+def test_a_folder_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is killed while it is removed leaves no half of it."""
+    with new_folder(tmp_path / "w") as folder:
+        (folder / "x").write_text("1")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        remove(tmp_path / "w")
+    assert not (tmp_path / "w").exists() and len(tree(tmp_path)) == 2
+    sweep(tmp_path)
+    assert tree(tmp_path) == []
+    remove(tmp_path / "w")
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.pt"
+    save_state({"version": 1}, path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # it is killed before it gets there
+        save_state({"version": 2}, path)
+    assert torch.load(path) == {"version": 1} and len(tree(tmp_path)) == 2
+    sweep(tmp_path)
+    assert tree(tmp_path) == ["state.pt"]
 
 
 # Run directory

@@ -67,3 +67,26 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.rstrip().endswith("TimeoutError")
+
+
+def test_a_micro_batch_that_hangs_keeps_neither_its_owner_nor_the_process() -> None:
+    code = """
+import threading
+from posttrain.side_by_side import SideBySide
+import torch
+weight = torch.nn.Parameter(torch.ones(2))
+begun = threading.Event()
+def hangs():
+    begun.set()
+    threading.Event().wait()
+def step():
+    list(beside.accumulate([weight], [lambda: ((weight * 3).sum(), 'first'), hangs]))
+beside = SideBySide(2)
+threading.Thread(target=step, daemon=True).start()
+assert begun.wait(60)
+beside.close()
+beside.close()
+print('ended')
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "ended\n"), ended.stderr
