@@ -14,8 +14,8 @@ trained next is the scheduler's business (``posttrain.scheduler``).
 repeats bit for bit.
 
 Every rollout is journalled when it arrives, before anything may drop it. A group whose number is not in the
-checkpoint's ``finished`` is run again after a kill, with the journalled rollouts of it taken as they are. In
-synchronous mode that goes for whole batches: the last bits of a log-prob depend on who shared its forward, so a batch
+checkpoint's ``finished`` is run again after a kill, with those journalled rollouts of it that batches in time
+have room for (``Scheduler.oldest``). In synchronous mode that goes for whole batches: the last bits of a log-prob depend on who shared its forward, so a batch
 of groups that the kill cut short is sampled again, and comes out the same.
 """
 
@@ -226,8 +226,7 @@ class Loop:
         task = self._tasks.pop(number, None)
         if task is None:
             task = self.source.task(number, self.books.world() if self.books.shares else "")
-            # Of a group that started after the checkpoint, the source may give another task, or another size, than in
-            # its former life.
+            # Of a group that started after the checkpoint, the source may give another task now, or another size.
             task = next((r.task for r in found if (r.task.id, r.task.rollouts) != (task.id, task.rollouts)), task)
         group = self.groups[number] = Group(number=number, task=task, kept=kept)
         began = min((r.oldest_version for r in kept if r.oldest_version >= 0), default=None)
