@@ -14,9 +14,9 @@ trained next is the scheduler's business (``posttrain.scheduler``).
 repeats bit for bit.
 
 Every rollout is journalled when it arrives, before anything may drop it. A group whose number is not in the
-checkpoint's ``finished`` is run again after a kill, with those journalled rollouts of it that batches in time
-have room for (``Scheduler.oldest``). In synchronous mode that goes for whole batches: the last bits of a log-prob depend on who shared its forward, so a batch
-of groups that the kill cut short is sampled again, and comes out the same.
+checkpoint's ``finished`` is run again after a kill, with those journalled rollouts of it that batches in time have room
+for (``Scheduler.oldest``). In synchronous mode that goes for whole batches: the last bits of a log-prob depend on who
+shared its forward, so a batch of groups that the kill cut short is sampled again, and comes out the same.
 """
 
 from __future__ import annotations
