@@ -175,13 +175,17 @@ def _stages(config: PipelineConfig) -> dict[str, ExpertConfig | FusionConfig]:
 
 
 def _patient(config: PipelineConfig) -> None:
-    """Raises ValueError, with the key, for a loop that gives up before an engine that does not answer is replaced."""
+    """Raises ValueError, with the key, for a loop that gives up before what does not answer is replaced."""
     for key, stage in _stages(config).items():
-        if stage.loop.wait_s <= config.engine.timeout_s:
-            raise ValueError(
-                f"{key}.loop.wait_s: {stage.loop.wait_s:g} s end the stage before engine.timeout_s, "
-                f"{config.engine.timeout_s:g} s, tells that the engine does not answer; raise it, or lower that"
-            )
+        bounds = {"engine": config.engine.timeout_s}
+        if isinstance(stage, FusionConfig) and isinstance(stage.teachers, ServedTeachers):
+            bounds["fusion.teachers.engine"] = stage.teachers.engine.timeout_s
+        for engine, bound in bounds.items():
+            if stage.loop.wait_s <= bound:
+                raise ValueError(
+                    f"{key}.loop.wait_s: {stage.loop.wait_s:g} s end the stage before {engine}.timeout_s, "
+                    f"{bound:g} s, tells that it does not answer; raise it, or lower that"
+                )
 
 
 def _served_by_vllm(config: PipelineConfig, engine: VllmEngineConfig) -> None:

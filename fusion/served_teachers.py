@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 from experts.train import ADAPTER
 from fusion.teachers import pack_support
 from posttrain import waits
-from posttrain.engine.vllm_server import NAME, Server, ServerGone
-from posttrain.errors import EngineError, UserError, in_order
+from posttrain.engine.vllm_keeper import TRIES, Keeper, together
+from posttrain.engine.vllm_server import NAME, Server
+from posttrain.errors import EngineError, TeacherError, UserError
 from posttrain.settings import VllmEngineConfig
 from posttrain.types import Support, TeacherScores
 
@@ -26,30 +28,36 @@ class ServedTeacher:
     ``score`` is for any thread but that of ``loop``, on which the requests are made. ``served``: the server's name for
     the weights. ``top_k``: so many of its most likely tokens, and the token ids ``always``, which the server was told
     of, are the support of its scores; 0: they have none. Log-probs are taken at temperature 1 from the token ids as
-    they are."""
+    they are. What is asked of a server that dies is asked again of the one that is started in its stead."""
 
     def __init__(
         self,
-        server: Server,
+        keeper: Keeper,
         served: str,
         name: str,
         loop: asyncio.AbstractEventLoop,
         top_k: int = 0,
         always: Sequence[int] = (),
     ) -> None:
-        self._server, self._served, self.name, self._loop = server, served, name, loop
+        self._keeper, self._served, self.name, self._loop = keeper, served, name, loop
         self._top_k, self._always = top_k, tuple(always)
 
     def score(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[bool]]) -> list[TeacherScores]:
-        """See the protocol. Raises EngineError if the server does not answer in time."""
+        """See the protocol. Raises TeacherError if its server refuses, does not answer in time, or died more often than
+        there are ``restarts``: an engine, which a stage replaces when it fails, has no part in that."""
+        name, c = self._keeper.server.name, self._keeper.server.config
+        bound = (c.restarts + 1) * (TRIES * c.timeout_s + c.start_s)  # every part of it is bounded by itself
         asked = asyncio.run_coroutine_threadsafe(self._all(ids, mask), self._loop)
-        return asked.result(2 * self._server.config.timeout_s)
+        try:
+            return asked.result(bound)
+        except (EngineError, TimeoutError) as error:
+            asked.cancel()
+            said = str(error) or f"{name} gave no scores within {bound:g} s"
+            raise TeacherError(f"{said}. The same command goes on from the last checkpoint") from None
 
     async def _all(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[bool]]) -> list[TeacherScores]:
-        with waits.waiting(f"the teacher {self._served} to score {len(ids)} sequences"):
-            async with asyncio.TaskGroup() as tasks:
-                asked = [tasks.create_task(self._one(i, m)) for i, m in zip(ids, mask, strict=True)]
-        return [a.result() for a in asked]
+        with waits.waiting(f"{self._keeper.server.name} to score {len(ids)} sequences as {self._served}"):
+            return await together(self._one(i, m) for i, m in zip(ids, mask, strict=True))
 
     async def _one(self, ids: Sequence[int], mask: Sequence[bool]) -> TeacherScores:
         found, judged = [0.0] * len(ids), list[dict[str, Any]]()
@@ -57,10 +65,7 @@ class ServedTeacher:
             wanted = self._top_k + len(self._always)
             params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": wanted, "detokenize": False}
             body = {"model": self._served, "token_ids": list(ids), "sampling_params": params}
-            try:
-                reply = await self._server.post("/inference/v1/generate", body)
-            except ServerGone as error:
-                raise EngineError(str(error)) from None
+            reply = await self._keeper.ask("/inference/v1/generate", body)
             # An entry a token, none for the first; each has the token itself, by its id.
             for place, entry in enumerate(reply["prompt_logprobs"][1:], 1):
                 if mask[place]:
@@ -92,51 +97,53 @@ async def start_teachers(
     """A teacher for every domain of ``folders``, with a support as in ``ServedTeacher``; ``stack`` closes their
     servers. Raises UserError if one was not trained as an adapter and shall be served as one, or vLLM is not to be
     had, and EngineError if a server does not come up."""
-    loop, found = asyncio.get_running_loop(), dict[str, ServedTeacher]()
     # A sequence that fills the context is scored too, and vLLM always samples a token after it.
     room: dict[str, Any] = {"max_context": config.max_context + 1}
     if always:
         room["max_logprobs"] = config.max_logprobs + len(always)
         room["env"] = {**config.env, "VLLM_USE_V2_MODEL_RUNNER": "0"}  # see Extension.judge_always
     config = config.model_copy(update=room)
-    one = config.weights == "lora"
-    if one:
+    if config.weights == "lora":
+        adapters = {domain: _adapter(folder) for domain, folder in folders.items()}
         config = config.model_copy(update={"max_loras": len(folders)})
-        servers = dict.fromkeys(folders, Server(config, base, work / "teachers.log", 0))
+        server = Server(config, base, work / "teachers.log", 0, "the teachers' vLLM server")
+        keepers = dict.fromkeys(folders, Keeper(server, partial(_begin, server, always, adapters)))
+        served = {domain: (domain, adapter) for domain, adapter in adapters.items()}
     else:
-        servers = {d: Server(config, f, work / f"teacher-{d}.log", i) for i, (d, f) in enumerate(folders.items())}
-    different = list(dict.fromkeys(servers.values()))
-    for server in different:
-        stack.push_async_callback(server.close)
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for server in different:
-                tasks.create_task(_start(server, always))
-    except BaseExceptionGroup as group:
-        first = in_order(group)[0]
-        raise (EngineError(str(first)) if isinstance(first, ServerGone) else first) from None
-    for domain, folder in folders.items():
-        where = await _load_adapter(servers[domain], domain, folder) if one else folder
-        name = domain if one else NAME
-        found[domain] = ServedTeacher(servers[domain], name, _digest(where), loop, top_k, always)
-    return found
+        keepers, served = dict[str, Keeper](), {domain: (NAME, folder) for domain, folder in folders.items()}
+        for number, (domain, folder) in enumerate(folders.items()):
+            server = Server(
+                config, folder, work / f"teacher-{domain}.log", number, f"the {domain} teacher's vLLM server"
+            )
+            keepers[domain] = Keeper(server, partial(_begin, server, always, {}))
+    different = list(dict.fromkeys(keepers.values()))
+    for keeper in different:
+        stack.push_async_callback(keeper.close)
+    await together(keeper.start() for keeper in different)
+    loop = asyncio.get_running_loop()
+    return {
+        domain: ServedTeacher(keepers[domain], name, _digest(folder), loop, top_k, always)
+        for domain, (name, folder) in served.items()
+    }
 
 
-async def _start(server: Server, always: Sequence[int]) -> None:
+async def _begin(server: Server, always: Sequence[int], adapters: Mapping[str, Path]) -> None:
+    """``adapters``: by the names under which they are served."""
     await server.start()
     if always:
         await server.post("/collective_rpc", {"method": "judge_always", "kwargs": {"ids": list(always)}})
+    for name, folder in adapters.items():
+        await server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
 
 
-async def _load_adapter(server: Server, domain: str, folder: Path) -> Path:
-    """Have an expert served under the name of its domain. Returns the folder of its adapter."""
+def _adapter(folder: Path) -> Path:
+    """That of an expert."""
     adapter = folder / ADAPTER
     if not adapter.is_dir():
         raise UserError(
             f"fusion.teachers.engine.weights: lora, but the expert in {folder} has no adapter: train it with "
             "trainer.lora, or set weights to folder"
         )
-    await server.post("/v1/load_lora_adapter", {"lora_name": domain, "lora_path": str(adapter.resolve())})
     return adapter
 
 

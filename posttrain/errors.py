@@ -24,6 +24,10 @@ class RankError(Exception):
     """A process of a trainer that has several died, failed or did not answer within its bound."""
 
 
+class TeacherError(Exception):
+    """A teacher's server died too often, refused or did not answer within its bound."""
+
+
 class ToolError(Exception):
     """A tool failed the way tools fail: its text goes to the model."""
 

@@ -20,13 +20,15 @@ import asyncio
 import itertools
 import json
 import logging
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.engine.speculative import DraftCounts
+from posttrain.engine.vllm_keeper import TRIES, Keeper, still_well, together
 from posttrain.engine.vllm_sender import Sender
 from posttrain.engine.vllm_server import NAME, Refused, Server, ServerGone
 from posttrain.errors import EngineError
@@ -39,8 +41,6 @@ log = logging.getLogger(__name__)
 
 _STICKY = 64
 """Tokens at the beginning by which a request finds the replica that has seen them."""
-_TRIES = 3
-"""For what is not answered though the server lives."""
 _SPILL = 8
 """More requests than another one's that a replica may have before it is too many."""
 
@@ -49,7 +49,7 @@ _SPILL = 8
 class _Replica:
     """A server, what it serves and who waits for it."""
 
-    server: Server
+    keeper: Keeper
     sender: Sender
     """Of weights that this process holds."""
     versions: dict[int, str]
@@ -60,9 +60,11 @@ class _Replica:
     """Version of the full weights; None: they are the base of adapters."""
     running: dict[str, int | None] = field(default_factory=dict[str, "int | None"])
     """Name of a request to the version it is pinned to."""
-    reviving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    lives: int = 0
-    deaths: int = 0
+
+    @property
+    def server(self) -> Server:
+        """The one that is kept."""
+        return self.keeper.server
 
 
 @dataclass
@@ -88,8 +90,9 @@ class VllmEngine:
         self._model, self._closed = model, False
         count = len(config.servers) or config.replicas
         servers = [Server(config, model, work / f"vllm-{n}.log", n) for n in range(count)]
+        keepers = [Keeper(s, partial(self._begin, n)) for n, s in enumerate(servers)]
         full = None if config.weights == "lora" else 0
-        self._replicas = [_Replica(s, Sender(s, work), {0: str(model)}, full=full) for s in servers]
+        self._replicas = [_Replica(k, Sender(k.server, work), {0: str(model)}, full=full) for k in keepers]
 
     @classmethod
     async def start(cls, config: VllmEngineConfig, model: Path, work: Path) -> VllmEngine:
@@ -97,11 +100,9 @@ class VllmEngine:
         in ``work``. Raises UserError if vLLM is not to be had and EngineError if a server does not come up."""
         engine = cls(config, model, work)
         try:
-            await _together(engine._begin(replica) for replica in engine._replicas)
-        except BaseException as error:
+            await together(replica.keeper.start() for replica in engine._replicas)
+        except BaseException:
             await engine.close()
-            if isinstance(error, ServerGone):
-                raise EngineError(str(error)) from None
             raise
         return engine
 
@@ -130,11 +131,11 @@ class VllmEngine:
     async def _advance(self, ids: Sequence[int], sampling: Sampling, most: int, found: _Partial) -> str:
         """One request, until it ends or is moved; adds its tokens to ``found``. Returns why it ended."""
         replica = self._route(ids, sampling.version)
-        if replica.reviving.locked():  # until it has its weights it would answer with those that it starts with
-            async with replica.reviving:
-                return self._moved(sampling.version)
+        if replica.keeper.reviving:
+            await replica.keeper.settled()
+            return self._moved(sampling.version)
         version = self.newest if sampling.version is None else sampling.version
-        name, life = next(self._names), replica.lives
+        name, life = next(self._names), replica.keeper.lives
         replica.running[name] = sampling.version
         body = {
             "request_id": name,
@@ -155,10 +156,10 @@ class VllmEngine:
         try:
             reply = await replica.server.post("/inference/v1/generate", body)
         except ServerGone as error:
-            await self._revive(replica, life, error)
-            found.lost = found.lost + 1 if replica.lives == life else 0
-            if found.lost >= _TRIES:
-                raise EngineError(f"{error}; it says that it is well, but not so {_TRIES} times") from None
+            await replica.keeper.revive(life, error)
+            found.lost = found.lost + 1 if replica.keeper.lives == life else 0
+            if found.lost >= TRIES:
+                raise still_well(error) from None
             await asyncio.sleep(found.lost)
             return "abort"
         except Refused:
@@ -228,7 +229,7 @@ class VllmEngine:
         version = weights.version
         for replica in self._replicas:
             replica.versions = {**replica.versions, version: weights.where}
-        await _together(self._with(replica, self._add_adapter, version, weights.where) for replica in self._replicas)
+        await together(self._with(replica, self._add_adapter, version, weights.where) for replica in self._replicas)
         self.newest = version
         for replica in self._replicas:
             gone = [v for v in replica.versions if v not in kept and v != version]
@@ -247,7 +248,7 @@ class VllmEngine:
         for replica in targets:  # from here on nobody who is pinned is sent there
             replica.versions = {weights.version: weights.where}
         self.newest = weights.version
-        await _together(self._with(r, self._switch, weights.version, weights.where) for r in targets)
+        await together(self._with(r, self._switch, weights.version, weights.where) for r in targets)
         for replica in self._replicas:
             if replica not in targets:
                 await self._abort(replica, [n for n, pinned in replica.running.items() if pinned is None])
@@ -265,18 +266,16 @@ class VllmEngine:
 
     async def _with(self, replica: _Replica, what: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         """Do that to the replica. One that is dead starts anew, with all that it shall serve, and then it is done."""
-        last: ServerGone | None = None
-        for _ in range(_TRIES):
-            async with replica.reviving:  # one that starts anew may have begun on what it had before
-                life = replica.lives
+        for tried in range(1, TRIES + 1):
+            life = await replica.keeper.settled()  # one that starts anew may have begun on what it had before
             try:
                 return await what(replica, *args)
             except ServerGone as error:
-                last = error
-                await self._revive(replica, life, error)
-                if replica.lives != life:
+                await replica.keeper.revive(life, error)
+                if replica.keeper.lives != life:
                     return
-        raise EngineError(f"{last}; it says that it is well, but not so {_TRIES} times")
+                if tried == TRIES:
+                    raise still_well(error) from None
 
     async def _switch(self, replica: _Replica, version: int, where: str) -> None:
         """Other full weights, between two tokens. Requests stay where they are, and what they have in the cache stays
@@ -317,10 +316,9 @@ class VllmEngine:
             with suppress(ServerGone):  # then they are gone too
                 await replica.server.post("/abort_requests", body)
 
-    # Servers that die
-
-    async def _begin(self, replica: _Replica) -> None:
+    async def _begin(self, number: int) -> None:
         """Start the server and bring it to the versions that it shall have."""
+        replica = self._replicas[number]
         await replica.server.start()
         replica.sender.drop()
         replica.adapters = set()
@@ -333,41 +331,7 @@ class VllmEngine:
             else:
                 await self._switch(replica, version, folder)
 
-    async def _revive(self, replica: _Replica, life: int, error: ServerGone) -> None:
-        """Start the server anew if it is dead, once for all that wait for it. Raises EngineError if that was done too
-        often."""
-        async with replica.reviving:
-            if self._closed:
-                raise EngineError("the engine is closed")
-            if replica.lives != life or await replica.server.well():  # else only the connection was lost
-                return
-            replica.deaths += 1
-            if replica.deaths > self.config.restarts or self.config.servers:
-                raise EngineError(str(error))
-            log.warning("%s. It starts again, and what it was asked is asked again", error)
-            await replica.server.kill()
-            try:
-                await self._begin(replica)
-            except BaseException as again:  # it answers, but has not all of its weights: nobody may take it for well
-                await replica.server.kill()
-                if isinstance(again, asyncio.CancelledError):
-                    replica.deaths -= 1  # given up by who asked, and no fault of the server's
-                if isinstance(again, ServerGone):
-                    raise EngineError(str(again)) from None
-                raise
-            replica.lives += 1
-
     async def close(self) -> None:
         """See the protocol."""
         self._closed = True
-        await asyncio.gather(*(r.server.close() for r in self._replicas))
-
-
-async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """All of it; the first error as it is, when the others have been cancelled."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for part in work:
-                tasks.create_task(part)
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
+        await asyncio.gather(*(r.keeper.close() for r in self._replicas))

@@ -35,7 +35,7 @@ class Sender:
             link = self._link = self._link or await self._meet()
             await self._server.post("/start_weight_update")
             coming = {"update_info": {"layout": layout_of(tensors)}}
-            with waits.waiting(f"vLLM server {self._server.number} to take weights"):
+            with waits.waiting(f"{self._server.name} to take weights"):
                 await self._both(self._server.post("/update_weights", coming), lambda: link.send(tensors))
             await self._server.post("/finish_weight_update", {"weight_version": str(version)})
         except BaseException:
@@ -55,7 +55,7 @@ class Sender:
         wanted = {"file": str(file.resolve()), "size": 1 + workers, "timeout_s": bound, "loopback": loopback}
         given_up = threading.Event()
         try:
-            with waits.waiting(f"vLLM server {self._server.number} to connect to the trainer"):
+            with waits.waiting(f"{self._server.name} to connect to the trainer"):
                 return await self._both(
                     self._server.post("/init_weight_transfer_engine", {"init_info": wanted}),
                     lambda: Link(file, 0, 1 + workers, device, bound, loopback, given_up),
@@ -77,7 +77,7 @@ class Sender:
             await asked
             return found
         except Lost as error:
-            raise ServerGone(f"vLLM server {self._server.number}: the connection for weights broke: {error}") from None
+            raise ServerGone(f"{self._server.name}: the connection for weights broke: {error}") from None
         finally:
             asked.cancel()
             done.cancel()

@@ -46,10 +46,12 @@ class Late(EngineError):
 
 
 class Server:
-    """A server that may die and be started again. ``posttrain.engine.vllm`` decides what it serves."""
+    """A server that may die and be started again, which ``posttrain.engine.vllm_keeper`` sees to."""
 
-    def __init__(self, config: VllmEngineConfig, model: Path, log: Path, number: int) -> None:
+    def __init__(self, config: VllmEngineConfig, model: Path, log: Path, number: int, name: str = "") -> None:
         self.config, self.model, self.log, self.number = config, model, log, number
+        self.name = name or f"vLLM server {number}"
+        """In messages."""
         self.url = config.servers[number].rstrip("/") if config.servers else ""
         self._since = 0
         self._process: asyncio.subprocess.Process | None = None
@@ -63,7 +65,7 @@ class Server:
             self._http = aiohttp.ClientSession(connector=limits, timeout=aiohttp.ClientTimeout(total=None))
         if not self.config.servers:
             await self._spawn()
-        with waits.waiting(f"vLLM server {self.number} to start"):
+        with waits.waiting(f"{self.name} to start"):
             await self._healthy()
 
     async def _spawn(self) -> None:
@@ -97,14 +99,14 @@ class Server:
         deadline = time.monotonic() + self.config.start_s
         while time.monotonic() < deadline:
             if self._process is not None and self._process.returncode is not None:
-                raise EngineError(f"vLLM server {self.number} ended before it served; {self._last_words()}")
+                raise EngineError(f"{self.name} ended before it served; {self._last_words()}")
             with suppress(ServerGone, Late):  # a machine that is busy with the start: start_s is the bound
                 await self.get("/health", timeout_s=5)
                 return
             await asyncio.sleep(0.3)
         await self.kill()
         raise EngineError(
-            f"vLLM server {self.number} did not answer at {self.url} within {self.config.start_s:g} s (engine.start_s)"
+            f"{self.name} did not answer at {self.url} within {self.config.start_s:g} s (engine.start_s)"
             f"; {self._last_words()}"
         )
 
@@ -127,7 +129,7 @@ class Server:
 
     async def _ask(self, method: Literal["GET", "POST"], path: str, body: Any, timeout_s: float) -> Any:
         if self._http is None or self._http.closed:
-            raise EngineError("the engine was closed")
+            raise EngineError(f"{self.name} was closed")
         try:
             bound = aiohttp.ClientTimeout(total=timeout_s)
             async with self._http.request(method, self.url + path, json=body, timeout=bound) as reply:
@@ -135,14 +137,12 @@ class Server:
                 if reply.status == 200:
                     return await reply.json() if "json" in reply.content_type and text else text
         except TimeoutError:
-            raise Late(
-                f"vLLM server {self.number} did not answer {path} within {timeout_s:g} s (engine.timeout_s)"
-            ) from None
+            raise Late(f"{self.name} did not answer {path} within {timeout_s:g} s (engine.timeout_s)") from None
         except aiohttp.ClientError as error:
-            raise ServerGone(f"vLLM server {self.number}: {type(error).__name__} at {path}") from None
+            raise ServerGone(f"{self.name}: {type(error).__name__} at {path}") from None
         if reply.status >= 500:  # its engine is dead, and it will not come back
-            raise ServerGone(f"vLLM server {self.number} answered {path} with {reply.status}: {text[:_WORDS]}")
-        raise Refused(f"vLLM server {self.number} refused {path} with {reply.status}: {text[:_WORDS]}")
+            raise ServerGone(f"{self.name} answered {path} with {reply.status}: {text[:_WORDS]}")
+        raise Refused(f"{self.name} refused {path} with {reply.status}: {text[:_WORDS]}")
 
     async def kill(self) -> None:
         """End its processes at once, if they are ours; idempotent."""
@@ -232,4 +232,4 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-__all__ = ["NAME", "Refused", "Server", "ServerGone", "serve_arguments"]
+__all__ = ["NAME", "Late", "Refused", "Server", "ServerGone", "serve_arguments"]

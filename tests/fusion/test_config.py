@@ -34,8 +34,12 @@ def topk(**estimator: object) -> str:
 REFUSED = {
     "a loop that ends before its engine is replaced": (
         ["experts.agent.loop.wait_s=300"],
-        "experts.agent.loop.wait_s: 300 s end the stage before engine.timeout_s, 300 s, tells that the engine does not "
+        "experts.agent.loop.wait_s: 300 s end the stage before engine.timeout_s, 300 s, tells that it does not "
         "answer; raise it, or lower that",
+    ),
+    "a loop that ends before a teacher's server is replaced": (
+        [served(replicas=3, timeout_s=2000)],
+        "fusion.loop.wait_s: 1200 s end the stage before fusion.teachers.engine.timeout_s, 2000 s",
     ),
     "earlier batches that are too old": (
         ["experts.agent.loop.reuse=0.5", "experts.agent.loop.max_staleness=0"],

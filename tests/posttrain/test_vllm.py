@@ -170,7 +170,7 @@ def test_a_server_that_is_killed_starts_again_with_its_weights_and_nothing_is_lo
         found = await asyncio.gather(*asked, calls[-1])  # the last sees that it is dead, should nobody else
         assert under_way
         assert before and not set(before) & set(pids(engine))
-        assert engine._replicas[0].lives == 1
+        assert engine._replicas[0].keeper.lives == 1
         return found
 
     found = serve(tmp_path / "0", use)
@@ -192,7 +192,7 @@ def test_every_server_has_restarts_of_its_own(tmp_path: Path) -> None:
         asked += ask(6)  # to both servers, so that both are missed even if the others were through
         found = await asyncio.gather(*asked)
         assert all(killed)
-        return found, [r.lives for r in engine._replicas]
+        return found, [r.keeper.lives for r in engine._replicas]
 
     found, lives = serve(tmp_path, use, restarts=1, replicas=2)
     assert lives == [1, 1] and all(len(c.ids) == 200 for c in found)
@@ -238,7 +238,7 @@ def test_a_server_that_answers_late_while_it_starts_is_waited_for(tmp_path: Path
             while len(asked) == 2:
                 await asyncio.sleep(0.01)
             await server.close()
-            with pytest.raises(EngineError, match="the engine was closed"):
+            with pytest.raises(EngineError, match="vLLM server 0 was closed"):
                 await starting
             for writer in asked:
                 writer.close()

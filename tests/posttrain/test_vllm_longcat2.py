@@ -37,7 +37,7 @@ async def crowd(engine: VllmEngine, seed: int) -> Pairs:
 
 
 async def scores(engine: VllmEngine, sequences: Pairs) -> list[TeacherScores]:
-    teacher = ServedTeacher(engine._replicas[0].server, NAME, "t", asyncio.get_running_loop())
+    teacher = ServedTeacher(engine._replicas[0].keeper, NAME, "t", asyncio.get_running_loop())
     ids = [(*prompt, *c.ids) for prompt, c in sequences]
     return await asyncio.to_thread(teacher.score, ids, [[True] * len(i) for i in ids])
 

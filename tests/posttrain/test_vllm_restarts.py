@@ -23,6 +23,7 @@ Way = Literal["lora", "folder"]
 class Books:
     """What a server does with what is posted to it. ``before`` is awaited first, with the path and the body."""
 
+    config: VllmEngineConfig
     number: int = 0
     alive: bool = False
     starts: int = 0
@@ -88,9 +89,9 @@ async def begun(way: Way, folder: Path) -> tuple[VllmEngine, Books]:
     """With version 2 as its newest."""
     (folder / "config.json").write_text('{"vocab_size": 8}')
     engine = VllmEngine(VllmEngineConfig(type="vllm", weights=way, timeout_s=20), folder, folder)
-    server = Books()
-    engine._replicas[0].server = engine._replicas[0].sender._server = server  # pyright: ignore[reportAttributeAccessIssue]
-    await engine._begin(engine._replicas[0])
+    server = Books(engine.config)
+    engine._replicas[0].keeper.server = engine._replicas[0].sender._server = server  # pyright: ignore[reportAttributeAccessIssue]
+    await engine._begin(0)
     for version in (1, 2):
         await engine.load(Weights(version=version, where=f"/v{version}"))
     return engine, server
@@ -134,7 +135,7 @@ def test_a_restart_that_is_given_up_half_way_is_made_by_who_waits_next(way: Way,
         found = await second
         assert (await asyncio.gather(first, return_exceptions=True))[0].__class__ is asyncio.CancelledError
         assert found.versions == (2,) and server.sampled_by == ["/v2"]
-        assert engine._replicas[0].deaths == 1, "that somebody gave up is no death"
+        assert engine._replicas[0].keeper.deaths == 1, "that somebody gave up is no death"
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -207,7 +208,7 @@ def test_what_a_server_that_is_well_does_not_answer_is_asked_three_times(
         with pytest.raises(EngineError, match=r"500: cannot do that; it says that it is well, but not so 3 times"):
             await ask(engine)
         assert server.log.count("/inference/v1/generate") == 3 and pauses == [1, 2]
-        assert server.starts == 1 and engine._replicas[0].deaths == 0
+        assert server.starts == 1 and engine._replicas[0].keeper.deaths == 0
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
