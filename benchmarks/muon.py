@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import resource
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Run:
 def learn(start: Path, rows: Dataset, config: ColdStartConfig, folder: Path, seed: int) -> Run:
     """One cold start from ``start`` in a fresh ``folder``."""
     wall, cpu = time.monotonic(), children_s()
-    log = cold_start.train(start, rows, config, folder, seed, lambda _: None)
+    log = cold_start.train(start, rows, config, folder, seed, lambda _: None, threading.Event())
     losses = {int(entry["step"]): float(entry["loss"]) for entry in log}
     return Run(losses, time.monotonic() - wall, children_s() - cpu)
 

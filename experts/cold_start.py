@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from posttrain.model import Longcat2ForCausalLM
 from posttrain.model.checkpoint import load_any
 from posttrain.optim import make_optimizer
 from posttrain.ranks import die_with_parent
+from posttrain.threads import Stopped
 
 _POLL_S = 0.5
 
@@ -48,11 +51,18 @@ class _Job:
 
 
 def train(
-    start: Path, data: Dataset, config: ColdStartConfig, folder: Path, seed: int, on_step: Callable[[int], None]
+    start: Path,
+    data: Dataset,
+    config: ColdStartConfig,
+    folder: Path,
+    seed: int,
+    on_step: Callable[[int], None],
+    stopped: threading.Event,
 ) -> list[dict[str, Any]]:
     """Fine-tune the model and tokenizer in ``start`` on ``data`` into ``folder / "model"``. Returns the log.
 
-    Checkpoints in ``folder`` let the same call go on after a kill. Raises what a process raised."""
+    Checkpoints in ``folder`` let the same call go on after a kill, or after ``stopped``, which ends it by Stopped.
+    Raises what a process raised."""
     rows = folder / "rows"
     remove(rows)
     disable_progress_bars()
@@ -60,10 +70,12 @@ def train(
     job = _Job(start=start, data=rows, folder=folder, config=config, seed=seed, port=_free_port())
     steps: Any = get_context("spawn").SimpleQueue()
     _remove_unfinished(folder)
-    workers = start_processes(_work, (job, steps), config.processes, join=False, start_method="spawn")
+    workers = start_processes(_work, (job, steps), config.processes, join=False, daemon=True, start_method="spawn")
     assert workers is not None
     try:
         while not workers.join(_POLL_S):
+            if stopped.is_set():
+                raise Stopped
             while not steps.empty():
                 on_step(steps.get())
     finally:
@@ -120,6 +132,7 @@ class _RouterBiases(TrainerCallback):
 
 
 def _work(rank: int, job: _Job, steps: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is at the keyboard speaks to the parent
     die_with_parent()  # else workers of a killed run would write into the directory of the next one
     disable_progress_bar()
     # TRL sets the old name of a setting, whatever its caller says.

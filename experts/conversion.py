@@ -6,6 +6,7 @@ fine-tuning library does. The stage is short, so a run that was killed starts it
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
@@ -26,6 +27,7 @@ from posttrain.batch import Batch, pack
 from posttrain.errors import UserError
 from posttrain.model import Longcat2Config, Longcat2ForCausalLM
 from posttrain.model.calibration import least, mixed
+from posttrain.threads import Stopped
 from posttrain.types import Sample
 
 log = getLogger(__name__)
@@ -57,13 +59,20 @@ def steps_of(config: LsaConversion | LozaConversion) -> int:
 
 
 def convert(
-    start: Path, rows: Sequence[Row], config: LsaConversion | LozaConversion, folder: Path, seed: int, report: Report
+    start: Path,
+    rows: Sequence[Row],
+    config: LsaConversion | LozaConversion,
+    folder: Path,
+    seed: int,
+    report: Report,
+    stopped: threading.Event,
 ) -> None:
     """Convert the model in ``start`` into ``folder``, tokenizer included. The first ``held_out`` rows are for measures,
     the others to learn from.
 
     Raises:
         UserError: not a dense longcat2 model, or too few rows.
+        Stopped: ``stopped`` was set.
     """
     if len(rows) <= config.held_out:
         raise UserError(f"conversion.held_out: {config.held_out} of {len(rows)} conversations leave none to learn from")
@@ -76,7 +85,7 @@ def convert(
         raise UserError(f"conversion: {start} holds no longcat2 model with dense attention; set conversion to null")
     held = pack([_sample(row) for row in rows[: config.held_out]], config.tokens_per_micro_batch)
     work = _Work(start, dense, held, report)
-    batches = _batches(rows[config.held_out :], config, seed)
+    batches = _until(stopped, _batches(rows[config.held_out :], config, seed))
     model = _to_lsa(work, config, batches) if isinstance(config, LsaConversion) else _to_loza(work, config, batches)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(start).save_pretrained(folder)
@@ -220,6 +229,13 @@ def _learn(
         # Frozen weights, frozen biases: what was counted is dropped.
         model.model.update_router_biases(decay if model.lm_head.weight.requires_grad else 0.0)
         yield step + 1, sums
+
+
+def _until(stopped: threading.Event, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    for batch in batches:
+        if stopped.is_set():
+            raise Stopped
+        yield batch
 
 
 def _index_loss(model: Longcat2ForCausalLM, batch: Batch, count: int) -> tuple[Tensor, dict[str, float]]:

@@ -3,17 +3,17 @@ changed is not run again; a stage that was killed goes on where it was."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -55,10 +55,15 @@ from posttrain.objective_settings import DistillLoss, TopkEstimator
 from posttrain.protocols import Teacher
 from posttrain.run import RunDir
 from posttrain.settings import LocalEngineConfig, PretrainedModel
+from posttrain.threads import Beside
 from posttrain.types import Weights
 from rewards import RewardConfig
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_PATIENCE_S = 60.0
+"""For a step or a measure of the conversion to end, when the run is interrupted."""
 
 Work = Callable[[bool], Coroutine[Any, Any, list[Path]]]
 
@@ -136,7 +141,7 @@ class Pipeline:
             self.metrics.log(step, "conversion", values)
             self.progress.update(bar, completed=step)
 
-        await asyncio.to_thread(conversion.convert, dense, rows, c, folder, seed, report)
+        await _beside(conversion.convert, dense, rows, c, folder, seed, report)
         return [folder / "config.json"]
 
     async def _cold_start(self, resumed: bool) -> list[Path]:
@@ -146,7 +151,7 @@ class Pipeline:
         start, work = folder / "start", folder / "work"
         data = await self._demonstrations(start, seed)
         bar = self.progress.add_task("base", total=c.cold_start.steps)
-        history = await asyncio.to_thread(
+        history = await _beside(
             cold_start.train, start, data, c.cold_start, work, seed, lambda n: self.progress.update(bar, completed=n)
         )
         self.metrics.rewind("cold_start", -1)
@@ -348,6 +353,15 @@ class Pipeline:
             for rollout in rollouts:
                 out.write(record(rollout))
         return [journal]
+
+
+async def _beside(work: Callable[..., T], *args: object) -> T:
+    """``work(*args, stopped)`` in a thread; whoever interrupts the run sets ``stopped``, and waits until it ends."""
+    stopped, thread = threading.Event(), Beside("stage")
+    try:
+        return await thread.run(work, *args, stopped, patience_s=_PATIENCE_S, stop=stopped.set)
+    finally:
+        thread.close()
 
 
 def asked_of_teachers(loss: DistillLoss, base: Path) -> tuple[int, tuple[int, ...]]:

@@ -13,6 +13,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+class Stopped(Exception):
+    """Work ended early because nobody waits for it any more."""
+
+
 class Beside:
     """A thread for one piece of work after the other. Unlike an executor's it does not keep a process alive that wants
     to end while the work hangs."""
@@ -25,11 +29,13 @@ class Beside:
         while (work := self._work.get()) is not None:
             work()
 
-    async def run(self, work: Callable[..., T], *args: object, patience_s: float) -> T:
+    async def run(
+        self, work: Callable[..., T], *args: object, patience_s: float, stop: Callable[[], None] | None = None
+    ) -> T:
         """``work(*args)`` in the thread.
 
-        Work cannot be stopped. Whoever is cancelled goes on only when it has ended, or after ``patience_s``: nothing
-        that it uses may be closed, or made a second time, under its hands."""
+        Whoever is cancelled goes on only when it has ended, or after ``patience_s``: nothing that it uses may be
+        closed, or made a second time, under its hands. ``stop`` is called then, to have it end early."""
         loop, context = asyncio.get_running_loop(), copy_context()
         done: asyncio.Future[T] = loop.create_future()
 
@@ -52,6 +58,8 @@ class Beside:
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:
+            if stop is not None:
+                stop()
             if not done.done():
                 await asyncio.wait({done}, timeout=patience_s)
             if done.done():

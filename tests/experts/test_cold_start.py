@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -13,6 +21,7 @@ from safetensors.torch import load_file
 
 from experts.cold_start import train
 from experts.config import ColdStartConfig
+from posttrain.threads import Stopped
 from tests.model.longcat2_tiny import LSA, MTP, tiny
 from tests.posttrain.tiny import make_tokenizer
 
@@ -26,6 +35,7 @@ PARTS: dict[str, Any] = {
     "router_aux_loss_coef": 0.2,
     "router_bias_update_rate": 0.01,
 }
+NEVER = threading.Event()
 PROCESSES = pytest.mark.parametrize("processes", [1, 2])
 
 
@@ -69,7 +79,7 @@ def test_a_killed_cold_start_ends_where_an_undisturbed_one_does(processes: int, 
         steps=steps, batch_size=4, micro_batches=2, processes=processes, warmup_steps=5, checkpoint_every=10, lr=0.01
     )
     data = rows(4 * steps)
-    whole = train(tmp_path / "start", data, config, tmp_path / "whole", 3, ignore)
+    whole = train(tmp_path / "start", data, config, tmp_path / "whole", 3, ignore, NEVER)
     folder = tmp_path / "killed"
 
     def kill(step: int) -> None:
@@ -77,7 +87,7 @@ def test_a_killed_cold_start_ends_where_an_undisturbed_one_does(processes: int, 
             raise Killed
 
     with pytest.raises(Killed):
-        train(tmp_path / "start", data, config, folder, 3, kill)
+        train(tmp_path / "start", data, config, folder, 3, kill, NEVER)
     reached = max(int(c.name.split("-")[1]) for c in folder.glob("checkpoint-*"))
     assert 10 <= reached < steps and not (folder / "model").exists()
     half = folder / f"checkpoint-{reached + 10}"
@@ -85,7 +95,7 @@ def test_a_killed_cold_start_ends_where_an_undisturbed_one_does(processes: int, 
     (half / "model.safetensors").write_bytes(b"half")
     (half / "trainer_state.json").unlink(missing_ok=True)
     seen: list[int] = []
-    resumed = train(tmp_path / "start", data, config, folder, 3, seen.append)
+    resumed = train(tmp_path / "start", data, config, folder, 3, seen.append, NEVER)
     assert seen and min(seen) > 10
     mine, theirs = weights(folder / "model"), weights(tmp_path / "whole" / "model")
     assert mine.keys() == theirs.keys() and len(mine) > 50
@@ -112,10 +122,10 @@ def test_the_losses_of_all_parts_are_minimised(processes: int, tmp_path: Path) -
     whole = sum(out.loss.item() for out in found) / len(found)
     added = sum(out.aux_loss.item() for out in found) / len(found)
     assert added > 0.1  # an order above the tolerance
-    [entry] = train(tmp_path / "start", data, still, tmp_path / "still", 3, ignore)
+    [entry] = train(tmp_path / "start", data, still, tmp_path / "still", 3, ignore, NEVER)
     assert entry["loss"] == pytest.approx(whole, rel=2e-3)
     moving = still.model_copy(update={"lr": 0.01})
-    train(tmp_path / "start", data, moving, tmp_path / "moved", 3, ignore)
+    train(tmp_path / "start", data, moving, tmp_path / "moved", 3, ignore, NEVER)
     before, after = weights(tmp_path / "start"), weights(tmp_path / "moved" / "model")
     for part in ("mtp", ".indexer.", "router.classifier"):
         names = [n for n in before if part in n and "correction_bias" not in n]
@@ -126,5 +136,59 @@ def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
     make(tmp_path / "start")
     config = ColdStartConfig(steps=2, batch_size=2, micro_batches=1)
     with pytest.raises(Exception, match=r"(?s)Process 0 terminated.*KeyError"):
-        train(tmp_path / "start", Dataset.from_dict({"no_such_column": [1, 2]}), config, tmp_path / "run", 3, ignore)
+        train(
+            tmp_path / "start",
+            Dataset.from_dict({"no_such_column": [1, 2]}),
+            config,
+            tmp_path / "run",
+            3,
+            ignore,
+            NEVER,
+        )
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_one_that_is_stopped_leaves_no_process_behind(tmp_path: Path) -> None:
+    make(tmp_path / "start")
+    config = ColdStartConfig(steps=10_000, batch_size=2, micro_batches=1, warmup_steps=5)
+    stopped, before = threading.Event(), workers_of(os.getpid())
+    with pytest.raises(Stopped):
+        train(tmp_path / "start", rows(20_000), config, tmp_path / "run", 3, lambda step: stopped.set(), stopped)
+    assert workers_of(os.getpid()) == before and not (tmp_path / "run" / "model").exists()
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """Its children that multiprocessing started."""
+    found = list[psutil.Process]()
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keyboard", [False, True])
+def test_an_interrupted_run_ends_at_once(keyboard: bool, tmp_path: Path) -> None:
+    """By a signal to the process, and as a keyboard does it, to all of its group."""
+    less = ["--set", "cold_start.steps=100000", "--set", "cold_start.checkpoint_every=5"]
+    command = [sys.executable, "-m", "posttrain.cli", "run", "configs/tiny/smoke.yaml", "--out", str(tmp_path / "run")]
+    run = subprocess.Popen(
+        [*command, *less], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    folder, deadline = tmp_path / "run" / "checkpoints" / "base" / "work", time.monotonic() + 120
+    try:
+        while not list(folder.glob("checkpoint-*/trainer_state.json")):
+            assert run.poll() is None, run.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        workers, began = workers_of(run.pid), time.monotonic()
+        assert workers
+        (os.killpg if keyboard else os.kill)(run.pid, signal.SIGINT)
+        said, _ = run.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert time.monotonic() - began < 20 and run.returncode not in (0, -signal.SIGKILL)
+    assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers)
+    assert "spawn_main" not in said and "ProcessExitedException" not in said, said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -23,6 +24,7 @@ from fusion.pipeline import Pipeline
 from posttrain.errors import UserError
 from posttrain.model import Longcat2ForCausalLM
 from posttrain.run import RunDir
+from posttrain.threads import Stopped
 from tests.model.longcat2_tiny import LSA, tiny
 from tests.posttrain.tiny import make_tokenizer
 
@@ -60,7 +62,7 @@ def run(dense: Path, config: LsaConversion | LozaConversion, folder: Path) -> tu
     def report(step: int, values: Mapping[str, float]) -> None:
         reported.append((step, dict(values)))
 
-    convert(dense, rows(30), config, folder, 3, report)
+    convert(dense, rows(30), config, folder, 3, report, threading.Event())
     assert len(AutoTokenizer.from_pretrained(folder)) == len(make_tokenizer())
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, Longcat2ForCausalLM)
@@ -204,3 +206,19 @@ def test_steps_are_those_of_both_parts() -> None:
     assert steps_of(TO_LSA) == 24 and steps_of(TO_LOZA) == 10
     with pytest.raises(ValueError, match="index_topk: 6 is below"):
         LsaConversion(**{**FIELDS, "index_topk": 6})
+
+
+@pytest.mark.parametrize("config", [TO_LSA, TO_LOZA])
+def test_one_that_is_stopped_ends_before_its_next_step(
+    config: LsaConversion | LozaConversion, dense: Path, tmp_path: Path
+) -> None:
+    stopped, steps = threading.Event(), list[int]()
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        steps.append(step)
+        if step == 2:
+            stopped.set()
+
+    with pytest.raises(Stopped):
+        convert(dense, rows(30), config, tmp_path / "model", 3, report, stopped)
+    assert steps[-1] == 2 and not (tmp_path / "model").exists()

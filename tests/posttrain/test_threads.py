@@ -54,6 +54,28 @@ def test_whoever_is_cancelled_goes_on_when_the_work_has_ended() -> None:
     assert asyncio.run(main()) == ["ended", "went on"]
 
 
+def test_work_that_can_be_stopped_is_when_nobody_waits_any_more() -> None:
+    async def main() -> list[str]:
+        beside, begun, stop, seen = Beside("worker"), threading.Event(), threading.Event(), list[str]()
+
+        def work() -> None:
+            begun.set()
+            assert stop.wait(30)
+            seen.append("stopped")
+
+        waiting = asyncio.ensure_future(beside.run(work, patience_s=30, stop=stop.set))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        seen.append("went on")
+        beside.close()
+        return seen
+
+    assert asyncio.run(main()) == ["stopped", "went on"]
+
+
 def test_work_that_hangs_is_left_behind_and_the_process_ends() -> None:
     code = """
 import asyncio, threading
