@@ -66,10 +66,18 @@ def finish(config: Path, out: Path) -> float:
     return time.monotonic() - began
 
 
-def kill_at_random(config: Path, out: Path, rng: random.Random, whole_s: float, times: int, seen: set[str]) -> int:
-    """Kill that many times, at any moment of a run that would take ``whole_s``; how often it had ended by itself.
-    ``seen`` gets what was alive when it was killed."""
-    ended = 0
+def journal_of(out: Path) -> bytes:
+    """What is written down for good: the last line may be half of one."""
+    journal = out / "rollouts/expert-interaction.jsonl"
+    return journal.read_bytes().rpartition(b"\n")[0] if journal.exists() else b""
+
+
+def kill_at_random(
+    config: Path, out: Path, rng: random.Random, whole_s: float, times: int, seen: set[str]
+) -> tuple[int, list[bytes]]:
+    """Kill that many times, at any moment of a run that would take ``whole_s``. Returns how often it had ended by
+    itself, and the journal after every kill. ``seen`` gets what was alive when it was killed."""
+    ended, journals = 0, list[bytes]()
     for _ in range(times):
         process = start(config, out)
         try:
@@ -80,7 +88,8 @@ def kill_at_random(config: Path, out: Path, rng: random.Random, whole_s: float, 
             # The process alone: its engine must see for itself that nobody is left.
             process.send_signal(signal.SIGKILL)
             process.wait(10)
-    return ended
+            journals.append(journal_of(out))
+    return ended, journals
 
 
 def stage(out: Path) -> tuple[dict[str, Any], list[Rollout], list[dict[str, Any]]]:
@@ -119,13 +128,16 @@ def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
     assert undisturbed_run.wait(10) == 0, calm.with_suffix(".log").read_text()[-3000:]
     whole_s = time.monotonic() - began
     rng = random.Random(max_staleness)
-    killed, runs = 0, 0
+    killed, runs, lines = 0, 0, 0
     while killed < kills:
         out = tmp_path / f"killed-{runs}"
         times = min(5, kills - killed)
-        killed += times - kill_at_random(config, out, rng, whole_s, times, seen)
+        ended, journals = kill_at_random(config, out, rng, whole_s, times, seen)
+        killed += times - ended
         runs += 1
         finish(config, out)
+        lines += sum(journal.count(b"\n") for journal in journals)
+        assert all(journal_of(out).startswith(journal) for journal in journals), "a journalled rollout is gone"
         state, rollouts, trained = stage(out)
         assert [t["version"] for t in trained] == list(range(1, STEPS + 1))
         numbers = Counter(n for t in trained for n in t["groups"])
@@ -152,4 +164,5 @@ def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
         while alive(out) and time.monotonic() < until:
             time.sleep(0.2)
         assert alive(out) == []
+    assert lines or kills < 25, "so many kills, and nothing was ever written down before"
     assert any("spawn_main" in line for line in seen), "who does not see an engine cannot see that none is left"
