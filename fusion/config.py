@@ -226,6 +226,8 @@ def served_longcat(config: PipelineConfig, dense_context: int | None) -> None:
             raise ValueError(f"{key}.weights: vllm takes no adapters for a longcat2; set it to folder")
         if not engine.eager:
             raise ValueError(f"{key}.eager: vllm cannot compile a longcat2; set it to true")
+        if engine.threads is not None and engine.dtype not in ("auto", "float32"):
+            raise ValueError(f"{key}.dtype: on a CPU a longcat2 is served in float32; set it to that")
         if dense_context is not None and engine.max_context + more > dense_context:
             raise ValueError(
                 f"{key}.max_context: this longcat2 attends to everything in contexts of up to {dense_context} tokens "

@@ -5,13 +5,14 @@ What vLLM leaves to its user, and where it is seen to here:
 - Weights may be changed only while generation is paused (``_switch``); pushed under a running request they end the
   server. Every token comes back with the version that sampled it, which vLLM stamps itself.
 - Its prefix cache does not know of weights: every request's blocks are salted with the version that it starts from.
+  A server that was there before may have served others: salts, adapters and requests have names of this engine's own.
 - A server has one set of full weights. Versions side by side are adapters (``weights: lora``) on one server, or
   replicas that have not taken the newest weights yet.
 - A request that must move (its server takes other weights, or its adapter goes) is aborted, and goes on elsewhere from
   the tokens that it has, if its version is still served. If its server died, a new one starts, and the request is asked
   again from its beginning.
 
-Requests of the same beginning go to the same replica, unless others have far less to do.
+A request goes to the replica that has read most of it, unless others have far less to do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import asyncio
 import itertools
 import json
 import logging
+import secrets
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from typing import Any
 
 from posttrain.engine.speculative import DraftCounts
 from posttrain.engine.vllm_keeper import TRIES, Keeper, still_well, together
+from posttrain.engine.vllm_routes import Routes
 from posttrain.engine.vllm_sender import Sender
 from posttrain.engine.vllm_server import NAME, Refused, Server, ServerGone
 from posttrain.errors import EngineError
@@ -39,8 +42,6 @@ from posttrain.weights import HELD
 
 log = logging.getLogger(__name__)
 
-_STICKY = 64
-"""Tokens at the beginning by which a request finds the replica that has seen them."""
 _SPILL = 8
 """More requests than another one's that a replica may have before it is too many."""
 
@@ -85,7 +86,10 @@ class VllmEngine:
         self.config, self.newest = config, 0
         settings = json.loads((model / "config.json").read_text())
         self._vocabulary: int = settings["vocab_size"]
-        self._names = (f"r{n}" for n in itertools.count())
+        self._own = secrets.token_hex(4)
+        """Before all names that servers are given."""
+        self._names = (f"{self._own}-r{n}" for n in itertools.count())
+        self._routes = Routes[_Replica]()
         self._loading, self._sending = asyncio.Lock(), asyncio.Lock()
         self._model, self._closed = model, False
         count = len(config.servers) or config.replicas
@@ -137,11 +141,12 @@ class VllmEngine:
         version = self.newest if sampling.version is None else sampling.version
         name, life = next(self._names), replica.keeper.lives
         replica.running[name] = sampling.version
+        self._routes.note(ids, replica)
         body = {
             "request_id": name,
-            "model": f"v{version}" if self._adapted(replica, version) else NAME,
+            "model": self._adapter(version) if self._adapted(replica, version) else NAME,
             "token_ids": [*ids, *found.ids],
-            "cache_salt": f"version {version if replica.full is None else replica.full}",
+            "cache_salt": f"{self._own} version {version if replica.full is None else replica.full}",
             "sampling_params": {
                 "temperature": sampling.temperature,
                 "max_tokens": most - len(found.ids),
@@ -169,13 +174,20 @@ class VllmEngine:
         finally:
             del replica.running[name]
         found.lost = 0
-        return self._take(reply["choices"][0], sampling.version, version, found)
+        finish = self._take(replica, reply["choices"][0], sampling.version, version, found)
+        self._routes.note([*ids, *found.ids], replica)
+        return finish
 
-    def _take(self, choice: dict[str, Any], pinned: int | None, version: int, found: _Partial) -> str:
+    def _take(
+        self, replica: _Replica, choice: dict[str, Any], pinned: int | None, version: int, found: _Partial
+    ) -> str:
         ids = choice["token_ids"]
         versions = [version] * len(ids)
         if self.config.weights != "lora":  # an adapter's name says it all
             for span in choice["weight_versions"] or ():
+                if not span["version"].isdecimal():  # one of config.servers
+                    what = f"{replica.server.name} serves version {span['version']!r}, which nobody here gave it"
+                    raise EngineError(f"{what}: it was started anew. A new engine gives it what it shall serve")
                 versions[span["start"] : span["end"]] = [int(span["version"])] * (span["end"] - span["start"])
         if pinned is not None and any(v != pinned for v in versions):  # it came too late to be aborted
             return self._moved(pinned)
@@ -197,8 +209,8 @@ class VllmEngine:
         able = [r for r in self._replicas if (self.newest if pinned is None else pinned) in r.versions]
         if not able:
             raise EngineError(f"version {pinned} is not resident in the engine: {self._resident()}")
-        usual = able[hash(tuple(ids[:_STICKY])) % len(able)]
         idle = min(able, key=lambda r: len(r.running))
+        usual = self._routes.find(ids, able) or idle
         return idle if len(usual.running) > len(idle.running) + _SPILL else usual
 
     def _resident(self) -> str:
@@ -298,16 +310,20 @@ class VllmEngine:
         """Whether it serves the version as an adapter; else it is its full weights, or the adapters' base."""
         return replica.full is None and replica.versions[version] != str(self._model)
 
+    def _adapter(self, version: int) -> str:
+        """Its name."""
+        return f"{self._own}-v{version}"
+
     async def _add_adapter(self, replica: _Replica, version: int, folder: str) -> None:
         if self._adapted(replica, version):
             again = version in replica.adapters
-            body = {"lora_name": f"v{version}", "lora_path": folder, "load_inplace": again}
+            body = {"lora_name": self._adapter(version), "lora_path": folder, "load_inplace": again}
             await replica.server.post("/v1/load_lora_adapter", body)
             replica.adapters.add(version)
 
     async def _remove_adapter(self, replica: _Replica, version: int) -> None:
         if version in replica.adapters:  # the base is none
-            await replica.server.post("/v1/unload_lora_adapter", {"lora_name": f"v{version}"})
+            await replica.server.post("/v1/unload_lora_adapter", {"lora_name": self._adapter(version)})
             replica.adapters.discard(version)
 
     async def _abort(self, replica: _Replica, names: Sequence[str]) -> None:
@@ -332,6 +348,10 @@ class VllmEngine:
                 await self._switch(replica, version, folder)
 
     async def close(self) -> None:
-        """See the protocol."""
+        """See the protocol. Servers that were there before stay, without this engine's adapters."""
         self._closed = True
+        for replica in self._replicas if self.config.servers else ():
+            with suppress(ServerGone, EngineError):
+                for version in [*replica.adapters]:
+                    await self._remove_adapter(replica, version)
         await asyncio.gather(*(r.keeper.close() for r in self._replicas))

@@ -70,6 +70,7 @@ def test_what_vllm_serves_of_longcat2(changes: tuple[str, ...], path: Path) -> N
             "engine.max_context: .* set it to at most 200",
         ),
         (("engine.eager=false",), "engine.eager: vllm cannot compile a longcat2; set it to true"),
+        (("engine.threads=1", "engine.dtype=bfloat16"), "engine.dtype: on a CPU a longcat2 is served in float32"),
         ((TEACHERS.replace("true", "false"),), "fusion.teachers.engine.eager: .* set it to true"),
         (LORA, "engine.weights: vllm takes no adapters for a longcat2; set it to folder"),
         (("engine.draft_steps=1",), "unknown key `engine.draft_steps`"),

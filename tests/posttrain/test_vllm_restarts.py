@@ -24,6 +24,7 @@ class Books:
     """What a server does with what is posted to it. ``before`` is awaited first, with the path and the body."""
 
     config: VllmEngineConfig
+    name: str = "vLLM server 0"
     number: int = 0
     alive: bool = False
     starts: int = 0
@@ -181,7 +182,18 @@ def test_new_weights_wait_for_a_restart_that_puts_old_ones_in(way: Way, tmp_path
             last = [p for p in server.log if p in ("/pause", "/collective_rpc", "/resume")][-6:]
             assert last == ["/pause", "/collective_rpc", "/resume"] * 2
         else:
-            assert server.adapters == {"v2": "/v2", "v3": "/v3"}
+            assert sorted(server.adapters.values()) == ["/v2", "/v3"]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_server_that_somebody_else_started_anew_is_named(tmp_path: Path) -> None:
+    async def run() -> None:
+        engine, server = await begun("folder", tmp_path)
+        assert (await ask(engine)).versions == (2,)
+        await server.start()
+        with pytest.raises(EngineError, match="vLLM server 0 serves version 'default'"):
+            await ask(engine)
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
