@@ -25,7 +25,7 @@ from tests.posttrain.tiny import make_model, make_tokenizer
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-STEPS, BATCH = 6, 2
+STEPS, BATCH = 16, 2
 MARK = "POSTTRAIN_TEST_RUN"
 """In the environment of a run, which its children have too: the engine's command line says nothing of the run."""
 
@@ -69,27 +69,41 @@ def finish(config: Path, out: Path) -> float:
 def journal_of(out: Path) -> bytes:
     """What is written down for good: the last line may be half of one."""
     journal = out / "rollouts/expert-interaction.jsonl"
-    return journal.read_bytes().rpartition(b"\n")[0] if journal.exists() else b""
+    found = journal.read_bytes() if journal.exists() else b""
+    return found[: found.rfind(b"\n") + 1]
+
+
+def until_it_plays(process: subprocess.Popen[bytes], out: Path) -> float:
+    """Seconds until the run has written down a rollout, or has ended."""
+    began, before = time.monotonic(), len(journal_of(out))
+    while process.poll() is None and len(journal_of(out)) == before and time.monotonic() - began < 300:
+        time.sleep(0.02)
+    return time.monotonic() - began
 
 
 def kill_at_random(
-    config: Path, out: Path, rng: random.Random, whole_s: float, times: int, seen: set[str]
-) -> tuple[int, list[bytes]]:
-    """Kill that many times, at any moment of a run that would take ``whole_s``. Returns how often it had ended by
-    itself, and the journal after every kill. ``seen`` gets what was alive when it was killed."""
-    ended, journals = 0, list[bytes]()
+    config: Path, out: Path, rng: random.Random, seconds: tuple[float, float], times: int, seen: set[str]
+) -> list[bytes]:
+    """Kill up to that many times, until it ends by itself: two of three while it plays and trains, the others at any
+    moment. Returns the journal after every kill. ``seconds``: of a whole run, and of its playing and training, which
+    are few beside those of its start. ``seen`` gets what was alive when it was killed."""
+    journals, (whole_s, playing_s) = list[bytes](), seconds
     for _ in range(times):
         process = start(config, out)
         try:
-            process.wait(rng.uniform(0.2, 1.0) * whole_s)
-            ended += 1
+            if rng.random() < 2 / 3:
+                until_it_plays(process, out)
+                process.wait(rng.uniform(0.0, 1.0) * playing_s)
+            else:
+                process.wait(rng.uniform(0.2, 1.0) * whole_s)
+            break
         except subprocess.TimeoutExpired:
             seen |= {*alive(out)}
             # The process alone: its engine must see for itself that nobody is left.
             process.send_signal(signal.SIGKILL)
             process.wait(10)
             journals.append(journal_of(out))
-    return ended, journals
+    return journals
 
 
 def stage(out: Path) -> tuple[dict[str, Any], list[Rollout], list[dict[str, Any]]]:
@@ -97,6 +111,12 @@ def stage(out: Path) -> tuple[dict[str, Any], list[Rollout], list[dict[str, Any]
     state = torch.load(out / "checkpoints/expert-interaction/state.pt", weights_only=True)
     rollouts = [rollout_from_dict(r) for r in read_journal(out / "rollouts/expert-interaction.jsonl")]
     return state, rollouts, list(read_journal(out / "rollouts/expert-interaction.trained.jsonl"))
+
+
+def stage_lines(out: Path) -> list[str]:
+    """A line for every step."""
+    trained = out / "rollouts/expert-interaction.trained.jsonl"
+    return trained.read_text().splitlines() if trained.exists() else []
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -122,21 +142,24 @@ def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
     calm, seen = tmp_path / "calm", set[str]()
     began = time.monotonic()
     undisturbed_run = start(config, calm)
+    started_s = until_it_plays(undisturbed_run, calm)
+    while len(stage_lines(calm)) < STEPS and undisturbed_run.poll() is None:
+        time.sleep(0.02)
+    playing_s = time.monotonic() - began - started_s
     while undisturbed_run.poll() is None and time.monotonic() - began < 300:
         seen |= {*alive(calm)}
         time.sleep(0.2)
     assert undisturbed_run.wait(10) == 0, calm.with_suffix(".log").read_text()[-3000:]
     whole_s = time.monotonic() - began
     rng = random.Random(max_staleness)
-    killed, runs, lines = 0, 0, 0
+    killed, runs, amid = 0, 0, 0
     while killed < kills:
         out = tmp_path / f"killed-{runs}"
-        times = min(5, kills - killed)
-        ended, journals = kill_at_random(config, out, rng, whole_s, times, seen)
-        killed += times - ended
+        journals = kill_at_random(config, out, rng, (whole_s, playing_s), min(5, kills - killed), seen)
+        killed += len(journals)
         runs += 1
         finish(config, out)
-        lines += sum(journal.count(b"\n") for journal in journals)
+        amid += sum(0 < len(journal) < len(journal_of(out)) for journal in journals)
         assert all(journal_of(out).startswith(journal) for journal in journals), "a journalled rollout is gone"
         state, rollouts, trained = stage(out)
         assert [t["version"] for t in trained] == list(range(1, STEPS + 1))
@@ -164,5 +187,5 @@ def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
         while alive(out) and time.monotonic() < until:
             time.sleep(0.2)
         assert alive(out) == []
-    assert lines or kills < 25, "so many kills, and nothing was ever written down before"
+    assert amid > kills / 5, "kills came while the run played"
     assert any("spawn_main" in line for line in seen), "who does not see an engine cannot see that none is left"
