@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +21,7 @@ ASKED = Sampling(max_tokens=8, seed=1)
 
 
 def one_after_the_other(
-    folder: Path, uses: list[tuple[Path, Callable[[VllmEngine], Coroutine[Any, Any, Completion]]]], **changes: Any
+    folder: Path, uses: Sequence[tuple[Path, Callable[[VllmEngine], Coroutine[Any, Any, Completion]]]], **changes: Any
 ) -> list[Completion]:
     """An engine for each of ``uses``, with the model that it shall serve, on one server that has that of ``folder``."""
 
