@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.sandbox import BubblewrapConfig, DockerConfig, MontyConfig, probe
-from fusion.config import PipelineConfig
+from fusion.config import PipelineConfig, ServedTeachers
 from fusion.preflight import preflight, preflight_worlds
 from posttrain.errors import ConfigError
-from posttrain.machine import PATIENCE_S, Finding, Probe, ask_torch, examine, gpus_of, machine_probes, once, vllm
-from posttrain.settings import AloneConfig, TrainerConfig
+from posttrain.machine import PATIENCE_S, Finding, Probe, ask_torch, examine, find_vllm, gpus_of, machine_probes, once
+from posttrain.settings import AloneConfig, TrainerConfig, VllmEngineConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,9 +98,12 @@ def _needs(path: Path, config: PipelineConfig, said: Any, plans: list[Plan]) -> 
     alone = config.model_copy(update={"worlds": {}})
     probes: dict[str, Probe] = {
         "model": partial(_asked, "model", partial(preflight, path, alone), config.model.type, f"{path}: "),
-        "engine": partial(_engine, config.engine),
+        "engine": partial(_engine, config.engine, said),
         "precision": partial(_precision, config, said),
     }
+    if isinstance(config.fusion.teachers, ServedTeachers):
+        key = "fusion.teachers.engine"
+        probes[key] = partial(_servers, key, config.fusion.teachers.engine, said)
     if any(not isinstance(trainer.parallel, AloneConfig) for trainer in _trainers(config).values()):
         probes["trainer ranks"] = partial(_ranks, config, said)
     for name, world in config.worlds.items():
@@ -110,14 +114,43 @@ def _needs(path: Path, config: PipelineConfig, said: Any, plans: list[Plan]) -> 
     return {**probes, "memory estimate": partial(_memory, config, said, plans)}
 
 
-def _engine(config: Any) -> Finding:
+def _engine(config: Any, said: Any) -> Finding:
     """The engine that the config names."""
     if config.type == "local":
         return Finding(name="engine", state="ok", found="local, on this machine's CPU")
     if config.type == "vllm":
-        found = vllm()
-        return Finding(name="engine", state=found.state, found=f"vllm: {found.found}", cure=found.cure)
+        return _servers("engine", config, said)
     return Finding(name="engine", state="limited", found=f"{config.type}: not looked for", cure="start it and see")
+
+
+def _servers(key: str, config: VllmEngineConfig, said: Any) -> Finding:
+    """Whether vLLM's servers can be what the config says: their program, its build, their GPUs."""
+    missing = partial(Finding, name=key, state="missing")
+    if config.servers:
+        return Finding(name=key, state="ok", found=f"vllm at {', '.join(config.servers)}, which is not asked")
+    vllm, answer = find_vllm(config.command[0]), said()
+    if vllm is None:
+        cure = f"scripts/install-vllm.sh, or name another program in {key}.command"
+        return missing(found=f"vllm: {config.command[0]} cannot be run", cure=cure)
+    what, there = f"vllm: {vllm.version}, {vllm.program}", len(gpus_of(answer))
+    for_gpus = config.threads is None and "error" not in answer  # of the error another finding tells
+    if for_gpus and not there:
+        cure = f"take a machine with a GPU, or set {key}.threads: a CPU then serves, slowly"
+        return missing(found=f"vllm on a GPU ({key}.threads is null), and torch sees none", cure=cure)
+    if for_gpus and vllm.for_cpus:
+        cure = "rm -r .venv-vllm, then scripts/install-vllm.sh: it takes the build for GPUs if nvidia-smi finds one"
+        return missing(found=f"{what}, which is built for CPUs, and {key}.threads is null: for a GPU", cure=cure)
+    named = [int(d) for d in ",".join(config.devices).split(",") if d.strip().isdecimal()]
+    if not named or not there:
+        return Finding(name=key, state="ok", found=what)
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):  # torch counts those, and the servers are given others in their stead
+        found, cure = f"{what}; whether its devices are there is not known", "ask without CUDA_VISIBLE_DEVICES"
+        return Finding(name=key, state="limited", found=found, cure=cure)
+    if max(named) >= there:
+        cure = f"lower {key}.replicas, or name others in {key}.devices"
+        wanted = f"for which there must be {max(named) + 1} GPUs, and there are {there}"
+        return missing(found=f"vllm on the devices {', '.join(config.devices)}, {wanted}", cure=cure)
+    return Finding(name=key, state="ok", found=f"{what}, on the devices {', '.join(config.devices)}")
 
 
 def _trainers(config: PipelineConfig) -> dict[str, TrainerConfig]:

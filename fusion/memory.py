@@ -1,16 +1,17 @@
 """What the stages of a run will take of memory, and what to lower where that is more than there is.
 
 Experts, general RL and fusion: trainer, engine, teachers, and the weights that travel; vLLM's servers are taken to be
-on the trainer's GPU, unless they have devices of their own. The cold start: its processes, at the longest conversations
-that the engine may hold; without activations where it computes them twice. The conversion and a model that plays users
-are not counted.
+on the trainer's GPU, unless they have threads of a CPU, or other devices, each of which is counted by itself. The cold
+start: its processes, at the longest conversations that the engine may hold; without activations where it computes them
+twice. The conversion and a model that plays users are not counted.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from experts.config import ColdStartConfig, ExpertConfig
@@ -24,6 +25,8 @@ from posttrain.settings import AloneConfig, TrainerConfig, VllmEngineConfig
 log = logging.getLogger(__name__)
 
 _GIB = 2**30
+_CPU_SERVER = 768 << 20
+"""What a vLLM server on a CPU takes beside weights and cache: 650 MiB were measured (vLLM 0.32, configs/tiny)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,8 @@ class Plan:
     """Of one rank. On the GPU if there is one, with the servers that vLLM starts there."""
     ranks: int = 1
     """Of the trainer, with a GPU each."""
+    apart: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+    """Of the servers that vLLM starts on other GPUs, by device."""
     host: Mapping[str, int]
     """Never there."""
     shared: int = 0
@@ -46,9 +51,17 @@ class Plan:
     """What is not in it."""
 
     def needs(self, on_gpu: bool) -> tuple[int, int]:
-        """Bytes of the GPU and of the machine."""
+        """Bytes of the trainer's GPU and of the machine."""
         trainer, host = sum(self.trainer.values()), sum(self.host.values())
-        return (trainer, host) if on_gpu else (0, self.ranks * trainer + host)
+        apart = sum(sum(parts.values()) for parts in self.apart.values())
+        return (trainer, host) if on_gpu else (0, self.ranks * trainer + apart + host)
+
+    def devices(self) -> list[tuple[str, Mapping[str, int]]]:
+        """Those apart, alike ones together."""
+        alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
+        for device, parts in self.apart.items():
+            alike.setdefault(tuple(parts.items()), []).append(device)
+        return [(", ".join(names), dict(parts)) for parts, names in alike.items()]
 
     def text(self, on_gpu: bool) -> str:
         """One line: where how much goes."""
@@ -56,15 +69,17 @@ class Plan:
         if self.ranks > 1:
             where = f"on each of {self.ranks} GPUs" if on_gpu else f"{self.ranks} times on the CPU"
         parts = [f"{name} {gib(size)}" for name, size in self.host.items()]
-        trainer = ", ".join(f"{name} {gib(size)}" for name, size in self.trainer.items())
+        there = [f"trainer {where} {_sum(self.trainer)}"]
+        there += [f"on device {names} {_sum(of_one)}" for names, of_one in self.devices()]
         note = f"; {self.note}" if self.note else ""
-        return f"trainer {where} {gib(sum(self.trainer.values()))} ({trainer}), {', '.join(parts)}{note}"
+        return f"{', '.join(there + parts)}{note}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         parts = {"trainer": dict(self.trainer), "host": dict(self.host)}
-        several = {"ranks": self.ranks} if self.ranks > 1 else {}
-        return {"stage": self.stage, **several, **parts, "shared": self.shared, "note": self.note}
+        several: dict[str, Any] = {"ranks": self.ranks} if self.ranks > 1 else {}
+        apart = {"apart": {device: dict(of_one) for device, of_one in self.apart.items()}} if self.apart else {}
+        return {"stage": self.stage, **several, **parts, **apart, "shared": self.shared, "note": self.note}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +127,16 @@ def _cold_start(config: PipelineConfig, c: ColdStartConfig) -> Plan:
 
 
 def _learner(config: PipelineConfig, stage: str, c: ExpertConfig | FusionConfig, teachers: int) -> Plan:
+    parallel = c.trainer.parallel
+    ranks = 1 if isinstance(parallel, AloneConfig) else parallel.processes
+    own = [0] if isinstance(parallel, AloneConfig) else parallel.devices or range(ranks)
     trainer = memory.trainer_memory(config.model, c.trainer, c.loss, _longest(config))
     versions = c.loop.max_staleness + 1 if c.loop.versions == "pinned" else 1
     host, notes = {"programs": memory.TRAINING_PROGRAM} | memory.host_memory(config.model, c.trainer), list[str]()
+    here = {**dict.fromkeys(map(str, own), trainer), "": trainer, "cpu": host}
+    placed = dict(here)
     if isinstance(config.engine, VllmEngineConfig):
-        trainer |= _beside(config, "engine", config.engine, notes)
+        _place(config, "engine", config.engine, placed, notes)
         if config.engine.weights == "lora":
             trainer.pop("merged adapters", None)  # they travel alone
     else:
@@ -128,17 +148,17 @@ def _learner(config: PipelineConfig, stage: str, c: ExpertConfig | FusionConfig,
         except NoEstimate as error:
             notes.append(f"engine: no estimate is made here ({error})")
     if isinstance(c, FusionConfig) and isinstance(c.teachers, ServedTeachers):
-        trainer |= _beside(config, "teachers", c.teachers.engine, notes)
+        _place(config, "teachers", c.teachers.engine, placed, notes)
     elif teachers:
         host |= memory.teacher_memory(config.model, teachers)
     served = isinstance(config.engine, VllmEngineConfig)
-    parallel = c.trainer.parallel
-    ranks = 1 if isinstance(parallel, AloneConfig) else parallel.processes
     batch, adapters = f"{stage}.trainer.tokens_per_micro_batch", f"{stage}.trainer.lora (set it)"
+    smaller = "model (a smaller one)"
     return Plan(
         stage=stage,
         trainer=trainer,
         ranks=ranks,
+        apart={device: parts for device, parts in placed.items() if device not in here},
         host=host,
         shared=host.get("published", 0),
         keys={
@@ -148,29 +168,40 @@ def _learner(config: PipelineConfig, stage: str, c: ExpertConfig | FusionConfig,
             "optimizer": adapters,
             "reference": f"{stage}.loss.kl (0)",
             "support": f"{stage}.loss.estimator.support",
-            "engine's weights": f"{stage}.loop.max_staleness" if versions > 1 and not served else "",
+            "engine's weights": smaller if served else f"{stage}.loop.max_staleness" if versions > 1 else "",
             "engine's cache": "engine.kv_cache_gib" if served else "engine.slots",
             "engine's choices": "engine.slots",
             "engine's prefill": "engine.max_context",
-            "weights": "model (a smaller one)",
+            "weights": smaller,
             "teachers": "experts (fewer)",
+            "teachers' weights": smaller,
             "teachers' cache": "fusion.teachers.engine.kv_cache_gib",
         },
         note="; ".join(notes),
     )
 
 
-def _beside(config: PipelineConfig, who: str, engine: VllmEngineConfig, notes: list[str]) -> dict[str, int]:
-    """What servers take of the trainer's GPU. Notes those of which that is not known."""
-    if engine.servers or engine.devices:
-        notes.append(f"{who}: not on the trainer's GPU, and not counted")
-        return {}
+def _place(
+    config: PipelineConfig, who: str, engine: VllmEngineConfig, placed: dict[str, dict[str, int]], notes: list[str]
+) -> None:
+    """Add what servers take to what is on their devices: "" is the trainer's GPU, "cpu" is none. Notes those of which
+    that is not known."""
+    if engine.servers or "," in "".join(engine.devices):
+        notes.append(f"{who}: {'not started here' if engine.servers else 'servers on several devices'}, not counted")
+        return
     try:
-        found = memory.served_memory(config.model, engine)
+        one = memory.served_memory(config.model, engine.model_copy(update={"replicas": 1}))
     except NoEstimate as error:
         notes.append(f"{who}: no estimate is made here ({error})")
-        return {}
-    return {("teachers' " if who == "teachers" else "engine's ") + part: size for part, size in found.items()}
+        return
+    devices = engine.devices or [""] * engine.replicas
+    if engine.threads is not None:
+        one["programs"], devices = _CPU_SERVER, ["cpu"] * engine.replicas
+    for device in devices:
+        there = placed.setdefault(device, {})
+        for part, size in one.items():
+            name = ("teachers' " if who == "teachers" else "engine's ") + part
+            there[name] = there.get(name, 0) + size
 
 
 def _longest(config: PipelineConfig) -> int:
@@ -194,11 +225,16 @@ def problems(plan: Plan, room: Room) -> list[str]:
 
 def _shares(plan: Plan, room: Room) -> list[tuple[float, str]]:
     gpu, host = plan.needs(room.gpu is not None)
-    of_ranks = {part: plan.ranks * size for part, size in plan.trainer.items()}
-    there = plan.host if room.gpu is not None else {**of_ranks, **plan.host}
+    there = Counter(plan.host)
+    if room.gpu is None:
+        there += Counter({part: plan.ranks * size for part, size in plan.trainer.items()})
+        there += sum(map(Counter, plan.apart.values()), Counter[str]())
     found = [(host / room.host, _too_much(plan, there, "memory", host, room.host))]
     if room.gpu is not None:
         found.append((gpu / room.gpu, _too_much(plan, plan.trainer, "the GPU's memory", gpu, room.gpu)))
+        for names, parts in plan.devices():
+            need, what = sum(parts.values()), f"the memory of device {names}"
+            found.append((need / room.gpu, _too_much(plan, parts, what, need, room.gpu)))
     if room.shared is not None and plan.shared:
         cure = "enlarge it: mount -o remount,size=, or docker run --shm-size="
         text = f"{plan.stage} needs {gib(plan.shared)} of /dev/shm, and {gib(room.shared)} are free: {cure}"
@@ -210,6 +246,10 @@ def _too_much(plan: Plan, parts: Mapping[str, int], what: str, need: int, there:
     order = sorted((part for part in parts if plan.keys.get(part)), key=lambda part: -parts[part])
     keys = list(dict.fromkeys(plan.keys[part] for part in order if parts[part] > 0.05 * need))
     return f"{plan.stage} needs about {gib(need)} of {what}, and there are {gib(there)}: lower {', '.join(keys[:4])}"
+
+
+def _sum(parts: Mapping[str, int]) -> str:
+    return f"{gib(sum(parts.values()))} ({', '.join(f'{name} {gib(size)}' for name, size in parts.items())})"
 
 
 def gib(size: int) -> str:

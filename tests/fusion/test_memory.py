@@ -40,11 +40,11 @@ def test_fusion_has_its_teachers() -> None:
 
 
 def test_servers_share_the_trainers_gpu_unless_they_have_devices() -> None:
-    served = "{type: vllm, kv_cache_gib: 2, dtype: bfloat16, weights: folder, replicas: 3}"
+    served = "{type: vllm, kv_cache_gib: 2, dtype: bfloat16, weights: folder, replicas: 3, threads: null}"
     vllm = load(
         PipelineConfig,
         ROOT / "configs/tiny/vllm.yaml",
-        ["engine={type: vllm, kv_cache_gib: 2}", f"fusion.teachers={{type: served, engine: {served}}}"],
+        ["engine={type: vllm, kv_cache_gib: 2, threads: null}", f"fusion.teachers={{type: served, engine: {served}}}"],
     )
     agent, fusion = (p for p in plans(vllm) if p.stage in ("experts.agent", "fusion"))
     assert agent.trainer["engine's weights"] == agent.trainer["weights"] and agent.trainer["engine's cache"] == 2 * GIB
@@ -54,12 +54,51 @@ def test_servers_share_the_trainers_gpu_unless_they_have_devices() -> None:
     [told] = problems(fusion, Room(host=64 * GIB, gpu=8 * GIB))
     assert told.endswith("lower fusion.teachers.engine.kv_cache_gib, engine.kv_cache_gib")
 
-    apart = vllm.engine.model_copy(update={"devices": ["1"]})
-    alone = next(p for p in plans(vllm.model_copy(update={"engine": apart})) if p.stage == "experts.agent")
-    assert "engine's weights" not in alone.trainer and "engine: not on the trainer's GPU" in alone.note
     open_end = vllm.engine.model_copy(update={"kv_cache_gib": None})
     unknown = next(p for p in plans(vllm.model_copy(update={"engine": open_end})) if p.stage == "experts.agent")
     assert "engine: no estimate is made here (vllm takes most of what it finds; set kv_cache_gib)" in unknown.note
+
+
+def test_servers_on_devices_of_their_own_are_counted_there() -> None:
+    """By hand: a layer has queries, keys, values and outputs of 96 x (128 + 64 + 64 + 128), three maps 96 x 256 and
+    norms 2 x 96 and 2 x 32; there are four, an embedding 680 x 96 and the last norm."""
+    parameters = 4 * (96 * 384 + 3 * 96 * 256 + 256) + 680 * 96 + 96
+    student = "{type: vllm, threads: null, kv_cache_gib: 2, dtype: float32, replicas: 2, devices: ['4', '5']}"
+    teachers = "{type: vllm, threads: null, kv_cache_gib: 1, dtype: bfloat16, replicas: 3, devices: ['5', '6', '0']}"
+    given = [f"engine={student}", f"fusion.teachers={{type: served, engine: {teachers}}}"]
+    given.append("experts.agent.trainer.parallel={type: fsdp, processes: 4}")
+    found = plans(load(PipelineConfig, ROOT / "configs/tiny/vllm.yaml", given))
+    agent, fusion = (p for p in found if p.stage in ("experts.agent", "fusion"))
+    one, other = 4 * parameters + (2 + 4) * GIB, 2 * parameters + (1 + 4) * GIB
+    assert {device: sum(parts.values()) for device, parts in agent.apart.items()} == {"4": one, "5": one}
+    on = {device: sum(parts.values()) for device, parts in fusion.apart.items()}
+    assert on == {"4": one, "5": one + other, "6": other}, "device 0 is the trainer's"
+    assert fusion.trainer["teachers' cache"] == GIB and "engine's cache" not in fusion.trainer
+    assert agent.note == fusion.note == ""
+    ranks = 4 * sum(agent.trainer.values())
+    assert agent.needs(False)[1] == agent.needs(True)[1] + ranks + 2 * one, "without GPUs all is the machine's"
+    assert "on device 4, 5 6.00 GiB (engine's weights 2 MiB, engine's cache 2.00 GiB, " in agent.text(True)
+    assert list(fusion.to_dict()["apart"]) == ["4", "5", "6"] and "apart" not in plans(config())[-1].to_dict()
+
+    [told] = problems(fusion, Room(host=64 * GIB, gpu=10 * GIB))
+    assert told.startswith("fusion needs about 11.00 GiB of the memory of device 5, and there are 10.00 GiB: lower ")
+    assert told.endswith("lower engine.kv_cache_gib, fusion.teachers.engine.kv_cache_gib")
+    [told] = problems(agent, Room(host=64 * GIB, gpu=5 * GIB))
+    assert "of the memory of device 4, 5, and" in told
+    assert problems(fusion, Room(host=64 * GIB, gpu=12 * GIB)) == []
+
+
+def test_servers_with_threads_are_the_cpus() -> None:
+    """Whatever GPUs there are. By hand: a quarter of a GiB for the cache of each of five, three of them teachers."""
+    given = ["engine={type: vllm, replicas: 2}", "fusion.teachers={type: served, engine: {type: vllm, replicas: 3}}"]
+    both = load(
+        PipelineConfig, ROOT / "configs/tiny/vllm.yaml", [*given, "fusion.teachers.engine.devices=['1','2','3']"]
+    )
+    fusion = plans(both)[-1]
+    assert not any("engine" in part or "teachers" in part for part in fusion.trainer) and fusion.apart == {}
+    assert fusion.host["engine's cache"] == GIB // 2 and fusion.host["teachers' cache"] == 3 * GIB // 4
+    assert fusion.host["teachers' programs"] == 3 * 768 * 2**20
+    assert fusion.host["teachers' weights"] == 3 * fusion.trainer["weights"]
 
 
 def test_what_does_not_fit_is_named_with_its_keys() -> None:

@@ -45,7 +45,7 @@ def loop_beside() -> Iterator[tuple[asyncio.AbstractEventLoop, Callable[..., Any
     "weights", [pytest.param(w, marks=[*needs_vllm, pytest.mark.faults]) for w in ("folder", "lora")]
 )
 def test_a_killed_server_is_replaced_and_scores_as_before(weights: str, tmp_path: Path) -> None:
-    """With all that it served: adapters by their names, or the tokens that it is always asked."""
+    """With all that it served: adapters by their names, and the tokens that it is always asked."""
     kind = "llama-32-lora" if weights == "lora" else "llama-32"
     model_of(kind).save_pretrained(tmp_path / "base")
     for name, seed in (("a", 3), ("b", 4)):
@@ -53,7 +53,7 @@ def test_a_killed_server_is_replaced_and_scores_as_before(weights: str, tmp_path
         model.save_pretrained(tmp_path / name)
         if weights == "lora":
             model.adapter.save_pretrained(tmp_path / name / ADAPTER)
-    folders, always = {name: tmp_path / name for name in "ab"}, () if weights == "lora" else (2, 60)
+    folders, always = {name: tmp_path / name for name in "ab"}, (2, 60)
     with loop_beside() as (_, run):
         stack = AsyncExitStack()
         try:
