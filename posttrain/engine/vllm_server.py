@@ -189,6 +189,7 @@ def serve_arguments(config: VllmEngineConfig, model: Path, port: int) -> list[st
         # numbers of a CPU back (0.32).
         most = max(2048, config.max_context)
         out += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(most)]
+    out += _of_the_family(config, model)
     if config.kv_cache_gib is not None:
         out += ["--kv-cache-memory-bytes", str(int(config.kv_cache_gib * 2**30))]
         if config.threads is None:
@@ -203,6 +204,23 @@ def serve_arguments(config: VllmEngineConfig, model: Path, port: int) -> list[st
     if config.weights == "send":
         out += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
     return [*out, *config.args]
+
+
+def _of_the_family(config: VllmEngineConfig, model: Path) -> list[str]:
+    """What one family of models needs to be the same function as in transformers (0.32)."""
+    file = model / "config.json"
+    said: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    out = list[str]()
+    if config.threads is not None and said.get("kv_lora_rank") is not None:
+        # Latent attention hands over queries as [T, heads, width], of which a CPU's fused rotary op takes every head
+        # for a token. It is right for [T, heads * width], and ten times faster, so others keep it.
+        out += ["--compilation-config", json.dumps({"custom_ops": ["-rotary_embedding"]})]
+        # Compiled, DeepSeek-V3's mixture of experts is off by tenths of a nat, with that op and without.
+        out += [] if config.eager else ["--enforce-eager"]
+    if said.get("model_type") == "deepseek_v3":
+        # The only router that transformers has for it, and so does not write down; vLLM's would be a softmax.
+        out += ["--hf-overrides", json.dumps({"scoring_func": "sigmoid", "topk_method": "noaux_tc"})]
+    return out
 
 
 def _environment(config: VllmEngineConfig, number: int) -> dict[str, str]:
