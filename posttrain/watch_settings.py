@@ -108,6 +108,9 @@ RULES: Mapping[str, Rule] = {
     "masked": Rule(metric="token_masked", above=0.5, over=3),
     # A collapse, or a world that broke. A noisy reward would roll back good runs: no default does more than warn of it.
     "reward": Rule(metric="reward", falls_by=2.0, over=5),
+    # Long answers are trained late when short ones are not: the tail grows. Of the start it would be the climb to the
+    # bound that raises the alarm; the moving average goes along with that, whatever ``max_staleness`` is.
+    "staleness": Rule(metric="staleness_long", rises_by=4.0, over=5),
     # The usual ways to reward's blind side: say ever more, say it again, or say nothing that can be read.
     "length": Rule(metric="sampled_tokens", rises_by=4.0, of="start", over=5),
     "truncated": Rule(metric="truncated", above=0.5, over=5, after=10),

@@ -30,7 +30,7 @@ from posttrain.journal import read_journal
 from posttrain.run import RunDir
 from posttrain.settings import TrainerConfig
 from posttrain.types import Rollout, Sample, Score
-from posttrain.watch import Paused
+from posttrain.watch import Paused, Watch
 from posttrain.watch_settings import RULES, Rule, WatchConfig
 from tests.toy_stage import toy_stage, train
 
@@ -137,6 +137,35 @@ def test_every_metric_of_a_stage_can_be_watched(warned: RunDir) -> None:
     assert {"truncated", "repetition", "parse_failures", "staleness_short", "staleness_long", "ess_tokens"} <= names
     names -= {f"alarm/{r}" for r in RULES}
     assert [Rule(metric=n, above=1.0).metric for n in sorted(names)] == sorted(names)
+
+
+def test_every_default_rule_has_its_metric(warned: RunDir) -> None:
+    """At every step: a rule whose metric is absent holds in silence. The default objective has a ``token_band``."""
+    logged = set.intersection(*(set(r) for r in records(warned)))
+    assert {n: r.metric for n, r in RULES.items() if r.metric not in logged} == {}
+
+
+def long_rollouts_alarmed(staleness: Sequence[float]) -> list[int]:
+    """Versions at which the default rules warn of them."""
+    watched = Watch(WatchConfig())
+    seen = [
+        a for i, s in enumerate(staleness) for a in watched.see(i + 1, {"staleness_long": s, "staleness_short": 0.1})
+    ]
+    assert {(a.rule, a.do) for a in seen} <= {("staleness", "warn")}
+    return [a.version for a in seen]
+
+
+def test_long_rollouts_that_are_trained_late_are_warned_of() -> None:
+    """Half a version late at first, then at the bound of K = 4, while the shorter ones are as they were."""
+    assert long_rollouts_alarmed([0.5] * 10 + [2.1] * 4 + [0.5, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]) == [20, 21]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 16, 64])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_the_climb_to_the_bound_is_no_alarm(k: int, every: int) -> None:
+    """Nothing is older than the run: a bounded stage climbs to K at most a version a step, or slower, and stays."""
+    climb = [float(min(k, version // every)) for version in range(200)]
+    assert long_rollouts_alarmed(climb) == [] == long_rollouts_alarmed([0.0, 0.4, 1.2, 0.7, 0.8, *climb])
 
 
 def test_the_report_lists_alarms(warned: RunDir) -> None:

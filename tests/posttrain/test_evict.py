@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
-from posttrain.groups import Group
+from posttrain.groups import Group, place_of
 from posttrain.protocols import Engine
 from posttrain.scheduler import Taken
 from posttrain.types import Rollout, Sample, Task
 from tests.posttrain.counting import Counting, Source, config
+from tests.posttrain.test_resume import another_at_every_ask
 
 
 def test_evict_gives_a_straggler_up_and_starts_its_task_anew() -> None:
@@ -31,6 +34,27 @@ def test_evict_gives_a_straggler_up_and_starts_its_task_anew() -> None:
     assert loop._counts["evicted"] == 1 and loop._counts["stale"] == 0
     assert [r.id for r in parts.journal if r.group == "s/0"] == ["s/0/0.1"], "another name, and so another seed"
     assert parts.open == 0
+
+
+def test_what_is_evicted_keeps_task_and_size() -> None:
+    """Group 0 has more than one rollout; one place is slow, and those that were there are made anew as well."""
+    c = config(steps=6, groups_per_step=1, max_staleness=1, max_running=2, stragglers="evict")
+    parts, source = Counting(c, step_s=lambda: 0.005), another_at_every_ask()
+    plain = parts.play
+
+    async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        while rollout_id == "s/0/1":
+            await asyncio.sleep(0.001)
+        return replace(await plain(engine, task, rollout_id, group, seed), task=task)
+
+    loop = parts.settle()
+    loop.run_rollout, loop.source = play, source
+    parts.run(loop)
+    assert parts.trained == [[1], [2], [0], [3], [4], [5]] and loop._counts["evicted"] == 1
+    assert {r.task.id for r in parts.journal if r.group == "s/0"} == {"t/0.0"}
+    assert ["s/0/0.1", "s/0/1.1"] in parts.credited, "as many as it began with"
+    assert max(Counter(n for n, _ in source.asked).values()) == 1
+    assert all(r.task.id == f"t/{n}.{n}" for r in parts.journal for n in [place_of(r)[0]])
 
 
 def test_what_is_evicted_starts_again_while_the_step_goes_on() -> None:

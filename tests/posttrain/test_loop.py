@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -271,6 +272,38 @@ def test_a_wait_is_bounded_and_says_who_waits_for_what(k: int) -> None:
         "s: collect: a finished group",
         "s: produce: an admission slot",
     ]
+
+
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [("step", "s: learn: a trainer step on 4 samples"), ("credit", r"s: collect: the credit of group \d")],
+)
+def test_a_thread_that_hangs_ends_the_run_and_is_named(where: str, named: str, k: int) -> None:
+    """After one ``wait_s`` in which nothing moved; the thread has another one to come back."""
+    parts = Counting(config(max_staleness=k, wait_s=0.5))
+    loop, free = parts.settle(), threading.Event()
+
+    def hang(samples: Sequence[Sample], num_rollouts: int) -> dict[str, float]:
+        free.wait()
+        return {}
+
+    def brood(group: Sequence[Rollout]) -> list[Sample]:
+        free.wait()
+        return []
+
+    if where == "step":
+        parts.step = hang  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        loop.credit = brood
+    began = time.monotonic()
+    try:
+        with pytest.raises(TimeoutError, match=rf"^s: waited \d\.\d s for .* at version 0: (?s:.*) {named}"):
+            parts.run(loop)
+    finally:
+        free.set()
+    assert 0.9 < time.monotonic() - began < 3 * 0.5 + 5.0, "a busy machine may take a while"
+    assert parts.stepped == [] and parts.version == 0
 
 
 def test_a_wait_in_which_groups_come_is_no_hang() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from posttrain.groups import place_of
-from posttrain.types import Rollout, Sample
+from posttrain.groups import index_of, place_of
+from posttrain.protocols import Engine
+from posttrain.types import Rollout, Sample, Task
 from tests.posttrain.counting import Boom, Counting, Source, config, shakes
 from tests.posttrain.small import TASK, rollout
 
@@ -46,6 +50,63 @@ def test_nothing_is_lost_and_nothing_trained_twice_after_a_kill(seed: int, k: in
     assert {i for i in kept if int(i.split("/")[1]) in set(trained)} <= given
     lost = {n for n in range(max(trained)) if n not in trained} - loop.finished
     assert lost <= set(loop.books.shelf) | second.started, "what is not trained or dropped was still under way"
+
+
+def another_at_every_ask() -> Source:
+    """No task is asked for twice without its showing: another id, and a rollout more, than the ask before."""
+    asks = itertools.count()
+
+    def give(number: int) -> Task:
+        ask = next(asks)
+        return replace(TASK, id=f"t/{number}.{ask}", rollouts=2 + ask)
+
+    return Source(give)
+
+
+def test_groups_under_way_keep_task_and_size_after_a_kill() -> None:
+    """Killed with the checkpoint of version 2: 4 is half there, of 5 and 7 nothing came, 6 is on the shelf."""
+    c = config(steps=5, groups_per_step=2, max_staleness=2, max_running=6, checkpoint_every=2, wait_s=10.0)
+    first, source = Counting(c), another_at_every_ask()
+    loop, plain, step = first.settle(), first.play, first.step
+
+    async def play(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        while group in ("s/5", "s/7") or rollout_id in ("s/4/0", "s/4/3"):
+            await asyncio.sleep(0.001)
+        return replace(await plain(engine, task, rollout_id, group, seed), task=task)
+
+    def patient(samples: Sequence[Sample], num_rollouts: int) -> dict[str, float]:
+        while first.version == 1 and not (6 in loop.books.shelf and 7 in loop.groups):
+            time.sleep(0.001)
+        return step(samples, num_rollouts)
+
+    def killed(state: dict[str, Any]) -> None:
+        first.states.append(state)
+        raise Boom("killed")
+
+    loop.run_rollout, loop.source, loop.checkpoint = play, source, killed
+    first.step = patient  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(Boom, match="killed"):
+        first.run(loop)
+    assert first.trained == [[0, 1], [2, 3]]
+    begun = [t["id"] for t in first.states[-1]["tasks"].values()]
+    assert begun == ["t/4.4", "t/5.5", "t/6.6", "t/7.7"]
+
+    second = Counting(c, version=2)
+    loop, plain = second.settle(), second.play
+
+    async def go_on(engine: Engine, task: Task, rollout_id: str, group: str, seed: int) -> Rollout:
+        return replace(await plain(engine, task, rollout_id, group, seed), task=task)
+
+    loop.run_rollout, loop.source = go_on, source
+    loop.resume(json.loads(json.dumps(first.states[-1])), first.journal)
+    second.run(loop)
+    trained = [n for batch in second.trained for n in batch]
+    assert len(trained) == 6 and {4, 5, 6, 7} <= set(trained)
+    for numbers in (ids for ids in second.credited if ids[0].split("/")[1] in "4567"):
+        number = int(numbers[0].split("/")[1])
+        assert [index_of(rollout(i)) for i in numbers] == list(range(2 + number)), "as many as it began with"
+    assert all(r.task.id == f"t/{n}.{n}" for r in first.journal + second.journal for n in [place_of(r)[0]])
+    assert set(Counter(n for n, _ in source.asked).values()) == {1}
 
 
 @pytest.mark.parametrize("invalid", [False, True])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from posttrain.config import load
 from posttrain.errors import ConfigError, UserError
 from posttrain.journal import Journal, rollout_to_dict
 from posttrain.protocols import Engine
+from posttrain.scheduler import Ticket
 from posttrain.settings import LoopConfig
 from posttrain.simulate import Outcome, Simulation, simulate, table
 from posttrain.simulate_devices import Request
@@ -200,8 +202,16 @@ def test_every_request_ends(mode: dict[str, Any], resident: str) -> None:
         world={"turns": TAIL, "latency": TAIL, "tokens": Lognormal(median=20.0, p99=200.0), "silent": 0.3},
     )  # fmt: skip
     simulation = Simulation(spec)
+    fleet, books, share_out = simulation.fleet, simulation.books, simulation.fleet.repartition
+
+    def repartition(now: float, requests: Mapping[int, int]) -> None:
+        before = sorted(map(id, fleet.under_way()))
+        share_out(now, requests)
+        assert sorted(map(id, fleet.under_way())) == before, "none lost, none twice"
+
+    fleet.repartition = repartition  # pyright: ignore[reportAttributeAccessIssue]
     found = simulation.run()
-    fleet, books = simulation.fleet, simulation.books
+    assert (found.moved > 0) == (mode["versions"] == "pinned" and resident == "one" and mode["max_staleness"] > 0)
     open_turns = list(fleet.under_way())
     assert len(open_turns) == len({id(r) for r in open_turns})
     assert fleet.asked == fleet.answered + fleet.withdrawn + len(open_turns) and found.requests == fleet.asked
@@ -374,12 +384,33 @@ def test_the_command_prints_and_writes_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_cluster_config_is_of_thousands_of_engines_and_32000_environments() -> None:
-    """Its first steps; the whole of it takes about a minute."""
+    """As they start."""
     spec = load(SimulationConfig, ROOT / "configs/simulate/cluster.yaml", ["loop.steps=1", "warmup=0"])
     assert spec.engines.count >= 2000 and spec.loop.max_running * spec.loop.group_size == 32_000
     simulation = Simulation(spec)
     simulation._start()
     assert len(list(simulation.fleet.under_way())) == 32_000
+
+
+@pytest.mark.slow
+def test_the_cluster_takes_its_first_steps() -> None:
+    """All environments at once, each of them asked for turns until the step that waits for the slowest is taken."""
+    spec = load(SimulationConfig, ROOT / "configs/simulate/cluster.yaml", ["loop.steps=2", "warmup=0"])
+    simulation, under_way = Simulation(spec), list[int]()
+    plain = simulation.books.start
+
+    def start(*group: Any) -> Ticket:
+        under_way.append(simulation.rollouts.total() + spec.loop.group_size)
+        return plain(*group)
+
+    simulation.books.start = start  # pyright: ignore[reportAttributeAccessIssue]
+    found, fleet = simulation.run(), simulation.fleet
+    assert found.steps == simulation.books.version == 2 and max(under_way) == 32_000
+    assert sum(found.staleness.values()) == 2 * 512 and max(found.staleness) <= spec.loop.max_staleness
+    assert fleet.asked == fleet.answered + len(list(fleet.under_way())) and found.requests == fleet.asked > 32_000
+    assert 1_800 < found.groups_in_system <= (spec.loop.max_staleness + 2) * 512
+    assert found.resident_versions == 2 and found.moved > 0 and found.evicted == 0
+    assert found.engines_busy > 0.9 and 0 < found.trainer_idle < 1
 
 
 # Reality
