@@ -25,7 +25,8 @@ from tests.posttrain.tiny import make_model, make_tokenizer
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-STEPS, BATCH = 16, 2
+STEPS, BATCH, SIZE = 16, 2, 3
+ROLLOUTS = STEPS * BATCH * SIZE
 MARK = "POSTTRAIN_TEST_RUN"
 """In the environment of a run, which its children have too: the engine's command line says nothing of the run."""
 
@@ -36,7 +37,7 @@ def write_config(folder: Path, max_staleness: int) -> Path:
     make_model("longcat2", vocab_size=len(make_tokenizer())).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
     loop = {
-        "steps": STEPS, "groups_per_step": BATCH, "group_size": 3, "max_running": 4, "max_staleness": max_staleness,
+        "steps": STEPS, "groups_per_step": BATCH, "group_size": SIZE, "max_running": 4, "max_staleness": max_staleness,
         "checkpoint_every": 2,
     }  # fmt: skip
     config = {
@@ -73,27 +74,27 @@ def journal_of(out: Path) -> bytes:
     return found[: found.rfind(b"\n") + 1]
 
 
-def until_it_plays(process: subprocess.Popen[bytes], out: Path) -> float:
-    """Seconds until the run has written down a rollout, or has ended."""
-    began, before = time.monotonic(), len(journal_of(out))
-    while process.poll() is None and len(journal_of(out)) == before and time.monotonic() - began < 300:
-        time.sleep(0.02)
-    return time.monotonic() - began
+def until_it_has(rollouts: int, process: subprocess.Popen[bytes], out: Path) -> None:
+    """Until so many are written down, or the run has ended."""
+    began = time.monotonic()
+    while process.poll() is None and journal_of(out).count(b"\n") < rollouts and time.monotonic() - began < 300:
+        time.sleep(0.01)
 
 
 def kill_at_random(
-    config: Path, out: Path, rng: random.Random, seconds: tuple[float, float], times: int, seen: set[str]
+    config: Path, out: Path, rng: random.Random, whole_s: float, times: int, seen: set[str]
 ) -> list[bytes]:
-    """Kill up to that many times, until it ends by itself: two of three while it plays and trains, the others at any
-    moment. Returns the journal after every kill. ``seconds``: of a whole run, and of its playing and training, which
-    are few beside those of its start. ``seen`` gets what was alive when it was killed."""
-    journals, (whole_s, playing_s) = list[bytes](), seconds
+    """Kill up to that many times, until it ends by itself: three of four while it plays and trains, which is a small
+    part of a run, the others at any moment of one that would take ``whole_s``. Returns the journal after every kill.
+    ``seen`` gets what was alive when it was killed."""
+    journals = list[bytes]()
     for _ in range(times):
         process = start(config, out)
         try:
-            if rng.random() < 2 / 3:
-                until_it_plays(process, out)
-                process.wait(rng.uniform(0.0, 1.0) * playing_s)
+            if rng.random() < 3 / 4:
+                before = journal_of(out).count(b"\n")
+                until_it_has(before + rng.randint(1, max(1, (ROLLOUTS - before) // 2)), process, out)
+                process.wait(rng.uniform(0.0, 0.2))
             else:
                 process.wait(rng.uniform(0.2, 1.0) * whole_s)
             break
@@ -111,12 +112,6 @@ def stage(out: Path) -> tuple[dict[str, Any], list[Rollout], list[dict[str, Any]
     state = torch.load(out / "checkpoints/expert-interaction/state.pt", weights_only=True)
     rollouts = [rollout_from_dict(r) for r in read_journal(out / "rollouts/expert-interaction.jsonl")]
     return state, rollouts, list(read_journal(out / "rollouts/expert-interaction.trained.jsonl"))
-
-
-def stage_lines(out: Path) -> list[str]:
-    """A line for every step."""
-    trained = out / "rollouts/expert-interaction.trained.jsonl"
-    return trained.read_text().splitlines() if trained.exists() else []
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -142,10 +137,6 @@ def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
     calm, seen = tmp_path / "calm", set[str]()
     began = time.monotonic()
     undisturbed_run = start(config, calm)
-    started_s = until_it_plays(undisturbed_run, calm)
-    while len(stage_lines(calm)) < STEPS and undisturbed_run.poll() is None:
-        time.sleep(0.02)
-    playing_s = time.monotonic() - began - started_s
     while undisturbed_run.poll() is None and time.monotonic() - began < 300:
         seen |= {*alive(calm)}
         time.sleep(0.2)
@@ -155,7 +146,7 @@ def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
     killed, runs, amid = 0, 0, 0
     while killed < kills:
         out = tmp_path / f"killed-{runs}"
-        journals = kill_at_random(config, out, rng, (whole_s, playing_s), min(5, kills - killed), seen)
+        journals = kill_at_random(config, out, rng, whole_s, min(5, kills - killed), seen)
         killed += len(journals)
         runs += 1
         finish(config, out)
