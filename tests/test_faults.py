@@ -178,5 +178,5 @@ def test_random_kills(kills: int, max_staleness: int, tmp_path: Path) -> None:
         while alive(out) and time.monotonic() < until:
             time.sleep(0.2)
         assert alive(out) == []
-    assert amid > kills / 5, "kills came while the run played"
+    assert amid >= kills / 5, "kills came while the run played"
     assert any("spawn_main" in line for line in seen), "who does not see an engine cannot see that none is left"
