@@ -176,7 +176,7 @@ def test_an_interrupted_run_ends_at_once(keyboard: bool, tmp_path: Path) -> None
     run = subprocess.Popen(
         [*command, *less], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    folder, deadline = tmp_path / "run" / "checkpoints" / "base" / "work", time.monotonic() + 120
+    folder, deadline = tmp_path / "run" / "checkpoints" / "base" / "work", time.monotonic() + 400
     try:
         while not list(folder.glob("checkpoint-*/trainer_state.json")):
             assert run.poll() is None, run.communicate()[0]
