@@ -171,10 +171,16 @@ def workers_of(pid: int) -> list[psutil.Process]:
 @pytest.mark.parametrize("keyboard", [False, True])
 def test_an_interrupted_run_ends_at_once(keyboard: bool, tmp_path: Path) -> None:
     """By a signal to the process, and as a keyboard does it, to all of its group."""
-    less = ["--set", "cold_start.steps=100000", "--set", "cold_start.checkpoint_every=5"]
+    less = ["--set", "cold_start.steps=2000", "--set", "cold_start.checkpoint_every=5"]
     command = [sys.executable, "-m", "posttrain.cli", "run", "configs/tiny/smoke.yaml", "--out", str(tmp_path / "run")]
     run = subprocess.Popen(
-        [*command, *less], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [*command, *less],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # A shell has what it starts in the background ignore it, and whoever comes after does so too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     folder, deadline = tmp_path / "run" / "checkpoints" / "base" / "work", time.monotonic() + 400
     try:
