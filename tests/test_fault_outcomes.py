@@ -262,7 +262,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 @pytest.mark.parametrize("k", [0, 2])
 def test_a_full_disk_ends_the_run_by_name_and_with_room_the_same_command_goes_on(k: int, tmp_path: Path) -> None:
     """At whatever it was writing: the less room there was, the earlier."""
-    config = write_config(tmp_path, k)
+    config = write_config(tmp_path, k, STEPS)
     calm = tmp_path / "calm"
     finish(config, calm)
     needs = sum(f.stat().st_size for f in calm.rglob("*") if f.is_file())

@@ -31,13 +31,13 @@ MARK = "POSTTRAIN_TEST_RUN"
 """In the environment of a run, which its children have too: the engine's command line says nothing of the run."""
 
 
-def write_config(folder: Path, max_staleness: int) -> Path:
+def write_config(folder: Path, max_staleness: int, steps: int = STEPS) -> Path:
     """A tiny model at random, one world, a few steps."""
     model = folder / "model"
     make_model("longcat2", vocab_size=len(make_tokenizer())).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
     loop = {
-        "steps": STEPS, "groups_per_step": BATCH, "group_size": SIZE, "max_running": 4, "max_staleness": max_staleness,
+        "steps": steps, "groups_per_step": BATCH, "group_size": SIZE, "max_running": 4, "max_staleness": max_staleness,
         "checkpoint_every": 2,
     }  # fmt: skip
     config = {
