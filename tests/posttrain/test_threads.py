@@ -31,7 +31,10 @@ def test_results_errors_and_the_caller_s_context_go_across() -> None:
     asyncio.run(main())
 
 
-def test_whoever_is_cancelled_goes_on_when_the_work_has_ended() -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_whoever_is_cancelled_goes_on_when_the_work_has_ended(stopped: bool) -> None:
+    """By itself, or because it is told to."""
+
     async def main() -> list[str]:
         beside, begun, free, seen = Beside("worker"), threading.Event(), threading.Event(), list[str]()
 
@@ -40,11 +43,12 @@ def test_whoever_is_cancelled_goes_on_when_the_work_has_ended() -> None:
             assert free.wait(30)
             seen.append("ended")
 
-        waiting = asyncio.ensure_future(beside.run(work, patience_s=30))
+        waiting = asyncio.ensure_future(beside.run(work, patience_s=30, stop=free.set if stopped else None))
         while not begun.is_set():
             await asyncio.sleep(0.001)
         waiting.cancel()
-        asyncio.get_running_loop().call_later(0.05, free.set)
+        if not stopped:
+            asyncio.get_running_loop().call_later(0.05, free.set)
         with pytest.raises(asyncio.CancelledError):
             await waiting
         seen.append("went on")
@@ -52,28 +56,6 @@ def test_whoever_is_cancelled_goes_on_when_the_work_has_ended() -> None:
         return seen
 
     assert asyncio.run(main()) == ["ended", "went on"]
-
-
-def test_work_that_can_be_stopped_is_when_nobody_waits_any_more() -> None:
-    async def main() -> list[str]:
-        beside, begun, stop, seen = Beside("worker"), threading.Event(), threading.Event(), list[str]()
-
-        def work() -> None:
-            begun.set()
-            assert stop.wait(30)
-            seen.append("stopped")
-
-        waiting = asyncio.ensure_future(beside.run(work, patience_s=30, stop=stop.set))
-        while not begun.is_set():
-            await asyncio.sleep(0.001)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        seen.append("went on")
-        beside.close()
-        return seen
-
-    assert asyncio.run(main()) == ["stopped", "went on"]
 
 
 def test_work_that_hangs_is_left_behind_and_the_process_ends() -> None:

@@ -39,10 +39,11 @@ def test_conversations_spread_and_stay_where_they_began(engine: VllmEngine) -> N
     for turn in range(3):
         rng.shuffle(order := [*range(32)])
         for n in order:
-            del homes[n].running[f"{n}"]
+            del homes[n].running[f"{n}"]  # of all, so that who has least to do is no hint
             talks[n] += [rng.randrange(1000) for _ in range(400)]
             engine._routes.note(talks[n], homes[n])  # with its answer
             talks[n] += [rng.randrange(1000) for _ in range(120)]
+        for n in order:
             assert send(engine, talks[n], f"{n}") is homes[n], (turn, n)
 
 
