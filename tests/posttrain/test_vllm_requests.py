@@ -64,6 +64,7 @@ def test_what_nobody_waits_for_is_not_sampled_to_its_end(how: str, tmp_path: Pat
 
 
 def test_a_model_s_own_settings_for_sampling_are_not_the_policy_s(tmp_path: Path) -> None:
+    """The route for ids does not look at them (0.32), whatever ``--generation-config`` says; should it ever."""
     model = make_model("llama", head_dim=32)
     model.save_pretrained(tmp_path)
     advice = {"do_sample": True, "top_k": 1, "top_p": 0.1, "temperature": 0.2, "repetition_penalty": 1.3}
