@@ -105,6 +105,7 @@ def memory(tokens: int, plain_tokens: int, console: Console) -> bool:
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "compiled": {"compile": True},
+    "liger": {"liger": True},
     "recomputed": {"activations": "recompute"},
     "offloaded": {"activations": "offload"},
     "shared prompts": {"share_prompts": True},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,8 @@ def _needs(path: Path, config: PipelineConfig, said: Any, plans: list[Plan]) -> 
         probes[key] = partial(_servers, key, config.fusion.teachers.engine, said)
     if any(not isinstance(trainer.parallel, AloneConfig) for trainer in _trainers(config).values()):
         probes["trainer ranks"] = partial(_ranks, config, said)
+    if liger := [key for key, trainer in _trainers(config).items() if trainer.liger]:
+        probes["liger"] = partial(_liger, liger[0], said)
     for name, world in config.worlds.items():
         sandbox = getattr(world, "sandbox", None)
         if sandbox is not None:
@@ -172,6 +175,16 @@ def _ranks(config: PipelineConfig, said: Any) -> Finding:
         found = f"{most}, for which there must be {wanted} GPUs, and there are {there}"
         return Finding(name="trainer ranks", state="missing", found=found, cure=cure)
     return Finding(name="trainer ranks", state="ok", found=f"{most}, with a GPU each")
+
+
+def _liger(key: str, said: Any) -> Finding:
+    """Whether its kernels can run; ``key`` is that of a stage that wants them."""
+    missing, off = partial(Finding, name="liger", state="missing"), f"--set {key}.trainer.liger=false"
+    if not gpus_of(said()):
+        return missing(found="its kernels are for GPUs, and torch sees none", cure=off)
+    if find_spec("liger_kernel") is None:
+        return missing(found="the package liger-kernel is not there", cure=f"pip install liger-kernel, or {off}")
+    return Finding(name="liger", state="ok", found="liger-kernel, on the GPU")
 
 
 def _precision(config: PipelineConfig, said: Any) -> Finding:

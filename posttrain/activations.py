@@ -2,6 +2,7 @@
 
 A norm keeps what it is given and the same without its weight, in float32, and the maps behind it keep what it returns.
 A SwiGLU keeps gate, silu of gate, up and their product; fused attention queries, keys, values and what it returns.
+By Liger's kernels a norm keeps what it is given alone, in the precision that it has, and a SwiGLU no silu.
 
 Legend: w bytes of a value in the precision of the forward (4, or 2 under autocast), D hidden, I inner width of a
 feed-forward, Q and C latents of queries and of keys and values, N and R parts of a head without and with a position,
@@ -23,9 +24,9 @@ class NoEstimate(Exception):
     """Says what is not known of a model or engine."""
 
 
-def kept_per_token(config: Any, width: int, longest: int, attended: int) -> int:
+def kept_per_token(config: Any, width: int, longest: int, attended: int, liger: bool = False) -> int:
     """Of all layers and the last norm, for sequences of ``longest`` tokens at the most. ``width`` is w, ``attended``
-    that of attention of transformers (``posttrain.attention``).
+    that of attention of transformers (``posttrain.attention``), ``liger`` whether its kernels compute a model of them.
 
     Raises NoEstimate for a config that does not say how wide its layers are."""
     if config.model_type == "longcat2":
@@ -37,14 +38,15 @@ def kept_per_token(config: Any, width: int, longest: int, attended: int) -> int:
         return layers + ngrams + draft + _norm(hidden, width)
     text = config.get_text_config()
     try:
-        return text.num_hidden_layers * common_layer(text, width, attended) + _norm(text.hidden_size, width)
+        layers = text.num_hidden_layers * common_layer(text, width, attended, liger)
+        return layers + _norm(text.hidden_size, width, liger)
     except (AttributeError, TypeError) as error:
         raise NoEstimate(
             f"a model of type {config.model_type} does not say how wide its layers are ({error})"
         ) from None
 
 
-def common_layer(c: Any, width: int, attended: int) -> int:
+def common_layer(c: Any, width: int, attended: int, liger: bool = False) -> int:
     """A layer of the Llama and Qwen kind, by the names that transformers gives to its fields."""
     hidden, heads = c.hidden_size, c.num_attention_heads
     size = getattr(c, "head_dim", None) or hidden // heads
@@ -53,13 +55,13 @@ def common_layer(c: Any, width: int, attended: int) -> int:
     if attended != width:  # what the map behind it is given
         attention += width * queries
     if "qwen3" in c.model_type:  # norms of queries and keys; what they return is among the above
-        attention += (FLOAT + width) * (queries + keys)
+        attention += (width if liger else FLOAT + width) * (queries + keys)
     chosen = getattr(c, "num_experts_per_tok", None)
     inner = (getattr(c, "moe_intermediate_size", None) if chosen else None) or getattr(c, "intermediate_size", None)
-    feed_forward = width * 4 * (inner or 4 * hidden)
+    feed_forward = width * (3 if liger else 4) * (inner or 4 * hidden)
     if chosen:
         feed_forward = chosen * (feed_forward + width * 2 * hidden)
-    return 2 * _norm(hidden, width) + attention + feed_forward
+    return 2 * _norm(hidden, width, liger) + attention + feed_forward
 
 
 def longcat_layer(c: Longcat2Config, width: int, longest: int) -> int:
@@ -89,8 +91,8 @@ def _draft_step(c: Longcat2Config, width: int) -> int:
     return joined + _latent_attention(c, width, 1) + width * 4 * c.ffn_hidden_size
 
 
-def _norm(width_of_it: int, width: int) -> int:
-    return (2 * FLOAT + width) * width_of_it
+def _norm(width_of_it: int, width: int, liger: bool = False) -> int:
+    return ((1 if liger else 2) * FLOAT + width) * width_of_it
 
 
 __all__ = ["FLOAT", "NoEstimate", "common_layer", "kept_per_token", "longcat_layer"]

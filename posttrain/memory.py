@@ -85,7 +85,7 @@ def trainer_memory(
     parts = {"weights": weights}
     if config.lora is None and not isinstance(loss, DistillLoss) and loss.kl:
         parts["reference"] = weights
-    kept = kept_per_token(model.config, width, longest, FLOAT if device == "cpu" else width)
+    kept = kept_per_token(model.config, width, longest, FLOAT if device == "cpu" else width, config.liger)
     if config.activations != "keep":
         text = model.config.get_text_config()
         layers = text.num_hidden_layers

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import sys
+from importlib.util import find_spec
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +21,8 @@ def trainable(model: PreTrainedModel, config: TrainerConfig, device: str) -> nn.
     """``model``, in place, with gradients for what is trained alone; in new adapters if the config has them.
     ``device``: type of the one that it is trained on."""
     model.train()
+    if config.liger:
+        use_liger(model, device)
     if config.packed:
         packing.enable(model)
     elif config.mixed_precision == "bf16" and device == "cpu":
@@ -55,6 +60,29 @@ def compile_layers(model: PreTrainedModel, key: str) -> None:
     model.base_model.compile(dynamic=True)
 
 
+def use_liger(model: PreTrainedModel, device: str) -> None:
+    """Have Liger compute norms and gated units of ``model``, in place. Not its rotations, which it replaces for every
+    model of the process and which keep nothing, nor its loss: ``token_logprobs`` wants states, and is as sparing.
+
+    Raises UserError for a model that it does not know, and where its kernels cannot run."""
+    off = "set trainer.liger to false"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"trainer.liger: its kernels are for GPUs, and this trains on the CPU: {off}")
+    if find_spec("liger_kernel") is None:
+        raise UserError(f"trainer.liger: the package liger-kernel is not there: pip install liger-kernel, or {off}")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    if (kind := model.config.model_type) not in KNOWN:
+        raise UserError(f"trainer.liger: it has no kernels for models of type {kind}: {off}")
+    # Beside this model's own layers it replaces the classes in transformers, from which the engine makes its models.
+    module = vars(sys.modules[type(model).__module__])
+    before = dict(module)
+    left_out = dict.fromkeys(("rope", "cross_entropy", "fused_linear_cross_entropy"), False)
+    apply_liger_kernel(model, {"rms_norm": True, "swiglu": True, "geglu": True, **left_out})
+    module.update(before)
+
+
 def refuse_side_by_side(model: PreTrainedModel, device: str) -> None:
     """Raises UserError for a model, or a type of device, whose micro-batches cannot be computed at the same time."""
     if isinstance(model, Longcat2ForCausalLM):
@@ -89,4 +117,4 @@ def refuse_parts(model: PreTrainedModel, config: TrainerConfig) -> None:
         )
 
 
-__all__ = ["compile_layers", "keep_memory", "refuse_parts", "refuse_side_by_side", "trainable"]
+__all__ = ["compile_layers", "keep_memory", "refuse_parts", "refuse_side_by_side", "trainable", "use_liger"]

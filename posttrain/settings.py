@@ -249,6 +249,9 @@ class TrainerConfig(OptimizerSettings):
     compile: bool = False
     """Fuse the model's operations (torch.compile, for any shapes). The first steps then take a minute or two; what it
     saves of every later one: ``benchmarks/long_sequences.py``. For models of transformers."""
+    liger: bool = False
+    """On a GPU: norms and gated units of a model of transformers by Liger's kernels, which keep less for the gradient
+    and need no compilation. Also with several processes, where ``compile`` is refused."""
     freeze: list[str] = Field(default_factory=list[str])
     """Regular expressions; parameters whose name matches one are not trained."""
     lora: LoraConfig | None = None
@@ -271,6 +274,12 @@ class TrainerConfig(OptimizerSettings):
     def _one_layout(self) -> TrainerConfig:
         if self.packed and self.share_prompts:
             raise ValueError("packed: with share_prompts sequences have a row each; set one of the two to false")
+        return self
+
+    @model_validator(mode="after")
+    def _fused_once(self) -> TrainerConfig:
+        if self.liger and self.compile:
+            raise ValueError("liger: compile fuses the same operations; set one of the two to false")
         return self
 
     @model_validator(mode="after")

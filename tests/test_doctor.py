@@ -115,6 +115,20 @@ def test_a_gpu_takes_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 0 and "precision: limited: bf16" in text and "fusion.trainer.mixed_precision" in text
 
 
+def test_kernels_of_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--set", "experts.reasoning.trainer.liger=true")
+    status, text = run(monkeypatch, SMOKE, *asked)
+    assert status == 1 and text.splitlines()[-1].endswith("for want of liger")
+    cure = " -> --set experts.reasoning.trainer.liger=false"
+    assert f"liger: missing: its kernels are for GPUs, and torch sees none{cure}" in text
+    there: list[object] = [None, object()]
+    monkeypatch.setattr(doctor, "find_spec", lambda _: there.pop(0))
+    status, text = run(monkeypatch, SMOKE, *asked, said=GPU)
+    assert status == 1 and "liger: missing: the package liger-kernel is not there -> pip install liger-kernel" in text
+    status, text = run(monkeypatch, SMOKE, *asked, said=GPU)
+    assert status == 0 and "liger: ok: liger-kernel, on the GPU" in text and not there
+
+
 def test_a_trainer_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = "experts.agent.trainer.parallel={type: fsdp, processes: 2}"
     status, text = run(monkeypatch, SMOKE, "--set", ranks)

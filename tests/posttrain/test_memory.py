@@ -62,6 +62,9 @@ def test_a_trainer_by_hand(qwen: PretrainedModel) -> None:
     # Five states a token; logits of a chunk (all 64 tokens fit) and their gradient; one gradient of the head.
     assert found["log-probs"] == 4 * (5 * 64 * 32 + 2 * 64 * 128 + 128 * 32)
     assert parts(qwen, longest=100, tokens_per_micro_batch=64)["activations"] == found["activations"] * 100 // 64
+    # Liger's norms keep what they are given once, and its SwiGLU three of four.
+    liger = parts(qwen, tokens_per_micro_batch=64, liger=True)
+    assert liger["activations"] == 64 * 4 * (3 * 64 + 48 + 2 * 32 + 2 * 16 + 3 * 48)
 
 
 def test_side_by_side_each_has_activations_and_gradients_of_its_own(qwen: PretrainedModel) -> None:
