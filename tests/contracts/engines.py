@@ -159,11 +159,11 @@ def model_of(kind: str, seed: int = 0) -> PreTrainedModel:
         case "llama-32":  # vLLM has no attention on a CPU for heads of 8
             return make_model("llama", seed, head_dim=32)
         case "llama-32-lora":
-            return _with_adapter(seed) if seed else make_model("llama", head_dim=32)
+            return with_adapter(seed) if seed else make_model("llama", head_dim=32)
     return make_model(kind, seed)
 
 
-def _with_adapter(seed: int) -> PreTrainedModel:
+def with_adapter(seed: int) -> PreTrainedModel:
     """The base model with an adapter added in, which is there alone too."""
     spec = peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear")
     adapter = peft.get_peft_model(make_model("llama", head_dim=32), spec)

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import pytest
 
 from posttrain.engine.vllm import VllmEngine
@@ -17,7 +18,7 @@ from posttrain.engine.vllm_server import Server
 from posttrain.errors import EngineError, UserError
 from posttrain.types import Completion, Sampling, Weights
 from posttrain.weights import HeldOutlet
-from tests.contracts.engines import needs_vllm, replayed, serve, vllm_config
+from tests.contracts.engines import needs_vllm, replayed, serve, vllm_config, with_adapter
 from tests.posttrain.tiny import all_logprobs, make_ids, make_model, trainer_gap, trainer_of
 
 pytestmark = needs_vllm
@@ -277,16 +278,17 @@ def test_without_vllm_there_is_a_cure(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("way", ["folder", "send"])
+@pytest.mark.parametrize("way", ["folder", "send", "lora"])
 def test_updates_under_load_neither_mix_versions_nor_leak(way: str, tmp_path: Path) -> None:
-    """500 in a row, two replicas, so that one version stays beside the newest."""
-    models = [make_model("llama", seed, head_dim=32) for seed in range(2)]
+    """500 in a row; two replicas, or one with adapters, so that one version stays beside the newest."""
+    begin = make_model("llama", head_dim=32)
+    models = [begin, make_model("llama", 1, head_dim=32)] if way != "lora" else [with_adapter(seed) for seed in (1, 2)]
     trainers, outlet = [trainer_of(m) for m in models], HeldOutlet()
-    folders = [saved(m, tmp_path / str(i)) for i, m in enumerate(models)]
+    folders = [saved(m if way != "lora" else m.adapter, tmp_path / str(i)) for i, m in enumerate(models)]
     updates = 500
 
-    async def use(engine: VllmEngine) -> tuple[list[tuple[int, tuple[int, ...], Completion]], list[int]]:
-        done, memory, over = list[tuple[int, tuple[int, ...], Completion]](), list[int](), asyncio.Event()
+    async def use(engine: VllmEngine) -> tuple[list[tuple[int, tuple[int, ...], Completion]], list[list[int]]]:
+        done, kept, over = list[tuple[int, tuple[int, ...], Completion]](), list[list[int]](), asyncio.Event()
 
         async def ask(n: int) -> None:
             rng = Random(n)
@@ -298,32 +300,44 @@ def test_updates_under_load_neither_mix_versions_nor_leak(way: str, tmp_path: Pa
                 except EngineError as error:
                     assert "was dropped before" in str(error) or "is not resident" in str(error)
 
+        async def update(version: int) -> None:
+            trainers[version % 2].version = version
+            where = outlet.put(trainers[version % 2]) if way == "send" else folders[version % 2]
+            await engine.load(Weights(version=version, where=where), keep=[version - 1])
+
         # A CPU's kernels are made for every number of tokens that a forward has: some 200 MiB a server until all are.
+        await update(1)
         rng = Random(0)
-        for _ in range(400):
-            lengths = [rng.randint(5, 150) for _ in range(8)]
-            asked = (engine.generate(make_ids(rng, n), Sampling(max_tokens=rng.randint(5, 25))) for n in lengths)
-            await asyncio.gather(*asked)
+        for turn in range(800):  # of both replicas, or with adapters and without
+            lengths, version = [rng.randint(5, 150) for _ in range(8)], turn % 2
+            prompts = [make_ids(rng, n) for n in lengths]
+            sampling = Sampling(max_tokens=rng.randint(5, 25), version=version)
+            await asyncio.gather(*(engine.generate(prompt, sampling) for prompt in prompts))
         async with asyncio.TaskGroup() as tasks:
             for n in range(8):
                 tasks.create_task(ask(n))
-            for version in range(1, updates + 1):
-                trainers[version % 2].version = version
-                where = folders[version % 2] if way == "folder" else outlet.put(trainers[version % 2])
-                await engine.load(Weights(version=version, where=where), keep=[version - 1])
-                memory.append(sum(_resident_mib(r.server._process.pid) for r in engine._replicas if r.server._process))
+            for version in range(2, updates + 2):
+                await update(version)
+                while len(done) < version:  # adapters load sooner than a completion ends
+                    await asyncio.sleep(0.002)
+                servers = [r.server._process.pid for r in engine._replicas if r.server._process]
+                ours = psutil.Process()
+                kept.append([sum(map(_resident_mib, servers)), ours.memory_info().rss >> 20, ours.num_fds()])
             over.set()
-        return done, memory
+        return done, kept
 
-    done, memory = serve(tmp_path / "0", use, replicas=2, weights=way)
-    print(f"{len(done)} completions in {updates} updates; MiB at 100, 300, 500: {[memory[i] for i in (99, 299, -1)]}")
+    ways: dict[str, Any] = {"replicas": 2} if way != "lora" else {"max_loras": 3, "max_lora_rank": 8}
+    done, kept = serve(Path(saved(begin, tmp_path / "begin")), use, weights=way, **ways)
+    at = [kept[i] for i in (99, 299, -1)]
+    print(f"{len(done)} completions in {updates} updates; servers' and own MiB, own handles at 100, 300, 500: {at}")
     assert len({version for version, _, _ in done}) > updates / 4
     assert all(set(c.versions) == {version} for version, _, c in done)
     for parity, model in enumerate(models):
-        mine = [(prompt, c) for version, prompt, c in done if version % 2 == parity]
+        mine = [(prompt, c) for version, prompt, c in done if version and version % 2 == parity]
         assert len(mine) > updates / 4
         assert trainer_gap(trainer_of(model), mine) < TOLERANCE
-    assert memory[-1] < memory[99] + 100
+    for now, before, more in zip(kept[-1], kept[99], (100, 100, 10), strict=True):
+        assert now < before + more
 
 
 def _resident_mib(leader: int) -> int:
