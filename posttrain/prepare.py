@@ -66,6 +66,7 @@ def use_liger(model: PreTrainedModel, device: str) -> None:
 
     Raises UserError for a model that it does not know, and where its kernels cannot run."""
     off = "set trainer.liger to false"
+    # Triton's interpreter, which the tests use, takes a CPU too, and seconds a layer.
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"trainer.liger: its kernels are for GPUs, and this trains on the CPU: {off}")
     if find_spec("liger_kernel") is None:
