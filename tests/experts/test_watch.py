@@ -252,14 +252,15 @@ def test_a_gradient_that_is_not_finite_ends_the_stage_or_is_rolled_back(bench: B
 def test_an_asynchronous_stage_rolls_back_as_well(bench: Bench) -> None:
     """One rule alone: at this rate the default ones warn of rollouts that a busy machine makes stale, and what they
     warn of is no good checkpoint. The broken groups come late enough for the rule to have a mean, which goes to the
-    good checkpoint. A batch may mix broken groups with others; no two of broken ones alone are left to stand."""
+    good checkpoint. A batch may mix a broken group with another, which comes to the rule's bound; below 0.3, which is
+    below half of any mean there is here, no two steps in a row are left to stand."""
     config = WatchConfig(rules={**dict.fromkeys(RULES), "mine": rule("roll_back")}, max_roll_backs=4)
     steps = STEPS + 4
     run = bench.run("async", bench.stage(config, steps, broken=range(16, 26), max_staleness=2, max_running=4))
     rewards = [r["reward"] for r in records(run)]
     assert len(rewards) == steps and 1 <= state(run)["roll_backs"] <= 4
     assert {a["rule"] for a in alarms(run)} == {"mine"}
-    assert all(a > 0.1 or b > 0.1 for a, b in pairwise(rewards))
+    assert all(a > 0.3 or b > 0.3 for a, b in pairwise(rewards))
     numbers = [n for groups in trained(run).values() for n in groups]
     assert len(set(numbers)) == steps * BATCH and set(numbers) <= set(state(run)["finished"])
 
